@@ -1,0 +1,389 @@
+"""Writing checkpoints so that a kill at any moment loses at most one layer, and checking what was written.
+
+Everything is made in `<target>.partial` beside the target: first a file per decoder layer as it is finished,
+then the whole checkpoint in `out`, which is renamed into place. A file that is there under its own name is
+whole: it was written under another one, flushed to the disk, and renamed. Same inputs, same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from eightfold.files import (
+    TensorCode,
+    atomically,
+    lock,
+    measure,
+    nbytes,
+    read_json,
+    sync,
+    to_json,
+    write_tensors,
+    write_text,
+)
+from eightfold.folder import ModelFolder
+from eightfold.format import DTYPE_CODES, CheckpointError, PackedWeight, QuantConfig, check_same
+
+MANIFEST = "eightfold.json"
+SHARD_BYTES = 5 * 10**9
+# Files of the source that go along: what a tokenizer or generation needs, and the terms of use.
+COPIED = ("tokenizer*", "vocab*", "merges.txt", "*.tiktoken", "*.jinja", "chat_template.json", "spiece.model")
+COPIED += ("special_tokens_map.json", "added_tokens.json", "generation_config.json", "LICENSE*", "NOTICE*")
+# Lets transformers load the folder with trust_remote_code=True and no import of this package.
+CONFIG_CODE_NAME = "configuration_eightfold.py"
+CONFIG_CODE = '''"""With this, transformers loads the model with trust_remote_code=True and no import."""
+
+import eightfold  # registers the format; pip install eightfold
+from transformers import AutoConfig, PreTrainedConfig
+
+
+class Config(PreTrainedConfig):
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        return AutoConfig.from_pretrained(*args, **kwargs | {"trust_remote_code": False})
+'''
+AUTO_MAP = {"AutoConfig": "configuration_eightfold.Config"}
+# What a record may hold that differs from run to run; it stays in the working folder.
+VOLATILE = ("seconds",)
+
+
+class Workspace:
+    """The temporary folder of one target: finished layers, and a lock that keeps other processes out.
+
+    `fingerprint`: JSON object of all that the result depends on. Opening a workspace that was begun with
+    another one raises CheckpointError naming the differences and changes nothing; so does one that is in use.
+    A target that is in the way raises ValueError (`check_target`). Close it, or use it as a context manager.
+    """
+
+    def __init__(self, target: str | Path, fingerprint: Mapping[str, Any]) -> None:
+        self.target = Path(target).resolve()
+        check_target(self.target)
+        self.path = partial_path(self.target)
+        self._lock = lock(self.path)
+        try:
+            self._open(json.loads(json.dumps(dict(fingerprint))))
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, fingerprint: dict[str, Any]) -> None:
+        state = self.path / "state.json"
+        if state.exists():
+            began = read_json(state)["fingerprint"]
+            if differ := _differences(began, fingerprint):
+                more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+                raise CheckpointError(
+                    f"{self.path} was begun with other inputs or settings ({'; '.join(differ[:3])}{more}): use those, "
+                    f"or discard it (--no-resume)"
+                )
+        else:  # new, or the removal after a publication was cut short
+            _check_ours(self.path)
+            for folder in (self.path / "layers", self.path / "out"):
+                if folder.exists():
+                    shutil.rmtree(folder)
+            (self.path / "layers").mkdir()
+            write_text(state, to_json({"fingerprint": fingerprint}))
+        _restore(self.path)
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give up the lock. What is on disk stays."""
+        self._lock.close()
+
+    def finished(self) -> list[int]:
+        """Numbers of the layers that are whole on disk: 0, 1, ... without a gap."""
+        done: list[int] = []
+        while all(file.exists() for file in self._files(len(done))):
+            done.append(len(done))
+        return done
+
+    def save_layer(self, index: int, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Put layer `index`, the next one, on disk: its tensors by full name, and a JSON object about it, in which
+        numbers that are not finite become null.
+
+        When this returns, a kill loses nothing of it. Raises CheckpointError for a tensor that is not finite.
+        """
+        if index != len(self.finished()):
+            raise ValueError(f"expected layer {len(self.finished())} next, came {index}")
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise CheckpointError(f"{name}: expected finite values, came some that are not")
+        data, about = self._files(index)
+        codes = {name: (DTYPE_CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
+        atomically(data, lambda file: write_tensors(file, codes, tensors.__getitem__))
+        write_text(about, to_json({**measure(data), "record": _without_infinity(dict(record))}))
+
+    def load_layer(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors (CPU) and record of a finished layer. Raises CheckpointError if the file has changed."""
+        data, about = self._files(index)
+        content = read_json(about)
+        if measure(data) != {key: content.get(key) for key in ("bytes", "sha256")}:
+            raise CheckpointError(f"{data}: not the bytes that were written: discard {self.path}")
+        with safe_open(data, framework="pt") as file:
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no dict)
+        return tensors, content["record"]
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records of all finished layers in order."""
+        return [read_json(self._files(index)[1])["record"] for index in self.finished()]
+
+    def _files(self, index: int) -> tuple[Path, Path]:
+        stem = self.path / "layers" / f"{index:05d}"
+        return stem.with_suffix(".safetensors"), stem.with_suffix(".json")
+
+
+def _differences(was: Any, now: Any, path: str = "") -> list[str]:
+    """Where two JSON values differ: "quantization_config.tp_max was 1, is 2"."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        keys = was | now
+        return [d for key in keys for d in _differences(was.get(key), now.get(key), f"{path}.{key}" if path else key)]
+    return [] if was == now else [f"{path} was {was!r}, is {now!r}"]
+
+
+def partial_path(target: str | Path) -> Path:
+    """Where the workspace of `target` lies."""
+    target = Path(target).resolve()
+    return target.with_name(target.name + ".partial")
+
+
+def discard(target: str | Path) -> None:
+    """Delete the workspace of `target`, if there is one. Raises CheckpointError while a process uses it."""
+    path = partial_path(target)
+    if path.exists():
+        with lock(path):
+            _check_ours(path)
+            _restore(path)
+            shutil.rmtree(path)
+
+
+def _restore(path: Path) -> None:
+    """Finish a publication that was cut short: the old one comes back, or goes if the new one is there."""
+    for moved in sorted((path / "previous").glob("*")):
+        if (path.parent / moved.name).exists():
+            shutil.rmtree(moved)
+        else:
+            moved.rename(path.parent / moved.name)
+
+
+def _check_ours(path: Path) -> None:
+    ours = {"lock", "state.json", "state.json.tmp", "layers", "out", "previous"}
+    if foreign := {entry.name for entry in path.iterdir()} - ours:
+        raise CheckpointError(f"{path}: expected a working folder of ours, it holds {min(foreign)!r}")
+
+
+def check_target(target: str | Path) -> None:
+    """Raise ValueError unless `target` is absent, an empty folder, or a checkpoint of ours."""
+    target = Path(target)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target}: expected a folder to write to, it is a file")
+    if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST).is_file():
+        raise ValueError(f"{target}: it holds files and no {MANIFEST}, so it is not replaced: give another folder")
+
+
+def assemble(
+    workspace: Workspace,
+    source: ModelFolder,
+    config: QuantConfig,
+    shard_bytes: int = SHARD_BYTES,
+    texts: Mapping[str, str] | None = None,
+) -> Path:
+    """Make the whole checkpoint in the workspace and return its folder; `publish` puts it in place.
+
+    Takes the quantized tensors from the workspace and all others, byte for byte, from `source`, one tensor in
+    memory at a time. `texts`: further files (a model card) by name. Raises CheckpointError naming a tensor
+    that is missing, too many, or not as `config` says.
+    """
+    out = workspace.path / "out"
+    if out.exists():
+        shutil.rmtree(out)
+    out.mkdir()
+    owners = _owners(workspace, config)
+
+    def read(name: str) -> Tensor:
+        if name not in owners:
+            return source.read(name)
+        with safe_open(owners[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    tensors = output_tensors(source, config)
+    shards = plan_shards(tensors, shard_bytes)
+    for file, names in shards.items():
+        with open(out / file, "wb") as stream:
+            write_tensors(stream, {name: tensors[name] for name in names}, read)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(map(nbytes, tensors.values()))},
+            "weight_map": {name: file for file, names in shards.items() for name in names},
+        }
+        (out / "model.safetensors.index.json").write_text(to_json(index, sort_keys=True), encoding="utf-8")
+    (out / "config.json").write_text(to_json(config_json(source, config)), encoding="utf-8")
+    (out / CONFIG_CODE_NAME).write_text(CONFIG_CODE, encoding="utf-8")
+    for file in sorted({file for pattern in COPIED for file in source.path.glob(pattern) if file.is_file()}):
+        shutil.copyfile(file, out / file.name)
+    for name, text in (texts or {}).items():
+        (out / name).write_text(text, encoding="utf-8")
+    manifest = {
+        "format_version": config.format_version,
+        "files": {file.name: measure(file) for file in sorted(out.iterdir())},
+        "layers": [_without_volatile(record) for record in workspace.records()],
+    }
+    (out / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
+    for path in (*out.iterdir(), out, workspace.path):
+        sync(path)
+    return out
+
+
+def publish(workspace: Workspace, target: str | Path | None = None) -> Path:
+    """Rename what `assemble` made to `target` (the workspace's own unless given), and remove the workspace.
+
+    An older checkpoint there is moved away only now; should the process die before the new one is in place,
+    opening the workspace brings it back. `target` must lie beside the workspace. Returns the target.
+    """
+    target = Path(target or workspace.target).resolve()
+    check_target(target)
+    if target.parent != workspace.path.parent:
+        raise ValueError(f"{target}: expected a folder in {workspace.path.parent}")
+    if target.exists() and any(target.iterdir()):
+        (workspace.path / "previous").mkdir(exist_ok=True)
+        target.rename(workspace.path / "previous" / target.name)
+    (workspace.path / "out").rename(target)
+    sync(target.parent)
+    shutil.rmtree(workspace.path)
+    workspace.close()
+    return target
+
+
+def output_tensors(source: ModelFolder, config: QuantConfig) -> dict[str, TensorCode]:
+    """Name → (dtype, shape) of every tensor of the checkpoint, in the order in which shards are filled.
+
+    Raises CheckpointError naming a layer whose weight or bias in `source` is not what `config` says.
+    """
+    tensors = {name: (info.dtype, info.shape) for name, info in source.tensors.items()}
+    for layer, spec in config.layers.items():
+        weight, bias = tensors.pop(f"{layer}.weight", None), tensors.pop(f"{layer}.bias", None)
+        if weight is None and not source.config_json.get("tie_word_embeddings"):
+            raise CheckpointError(f"{layer}.weight: expected this tensor in {source.path}, there is none")
+        if weight is not None and weight[1] != (spec.out_features, spec.in_features):
+            raise CheckpointError(f"{layer}.weight: {list(weight[1])} is not what the configuration says")
+        announced = spec.bias and (DTYPE_CODES[getattr(torch, spec.bias)], (spec.out_features,))
+        if bias != announced:
+            raise CheckpointError(f"{layer}.bias: expected {announced}, came {bias}")
+    for layer in config.layers:
+        tensors |= _codes(config, layer)
+    return {name: tensors[name] for name in sorted(tensors, key=_natural)}
+
+
+def plan_shards(tensors: Mapping[str, TensorCode], shard_bytes: int = SHARD_BYTES) -> dict[str, list[str]]:
+    """File name → names of its tensors: at most `shard_bytes` a file, unless one tensor is larger."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, code in tensors.items():
+        if shards[-1] and filled + nbytes(code) > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += nbytes(code)
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}
+
+
+def config_json(source: ModelFolder, config: QuantConfig) -> dict[str, Any]:
+    """config.json of the checkpoint: the source's with our section; a quantized head is no longer tied."""
+    content = json.loads(json.dumps(source.config_json))
+    heads = [layer for layer in config.layers if f"{layer}.weight" not in source.tensors or "head" in layer]
+    for section in (content, content.get("text_config")):
+        if heads and section and "tie_word_embeddings" in section:
+            section["tie_word_embeddings"] = False
+    if heads:
+        content["tie_word_embeddings"] = False
+    # Code that came with the source is for its own weights; the types here are transformers' own.
+    return content | {"auto_map": AUTO_MAP, "quantization_config": config.to_dict()}
+
+
+def read_packed(folder: ModelFolder, name: str) -> PackedWeight:
+    """Layer `name` of an eightfold checkpoint, on the CPU. Raises CheckpointError naming what is wrong."""
+    config = folder.quantization
+    if config is None or name not in config.layers:
+        raise CheckpointError(f"{folder.path}: {name!r} is not a quantized layer of it")
+    expected = _codes(config, name)
+    prefix = f"{name}."
+    check_same(expected, {key: (t.dtype, t.shape) for key, t in folder.tensors.items() if key.startswith(prefix)})
+    spec = config.layers[name]
+    named = {key.removeprefix(prefix): folder.read(key) for key in expected}
+    packed = PackedWeight.from_tensors(spec, config.recipes[spec.bits], named)
+    packed.validate(name)
+    return packed
+
+
+def verify_files(path: str | Path) -> list[str]:
+    """What differs between a checkpoint's files and its manifest, one sentence each; empty if all is well."""
+    path = Path(path)
+    if not (path / MANIFEST).is_file():
+        return [f"{path}: it has no {MANIFEST}"]
+    files = read_json(path / MANIFEST).get("files")
+    if not isinstance(files, dict):
+        return [f"{path / MANIFEST}: expected an object 'files', there is none"]
+    problems = []
+    for name, announced in files.items():
+        if not (path / name).is_file():
+            problems.append(f"{name}: listed in {MANIFEST}, there is no such file")
+        elif (came := measure(path / name)) != announced:
+            problems.append(f"{name}: expected {announced}, came {came}")
+    weights = {file.name for file in path.glob("*.safetensors*")} - set(files)
+    return problems + [f"{name}: not listed in {MANIFEST}" for name in sorted(weights)]
+
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+def _owners(workspace: Workspace, config: QuantConfig) -> dict[str, Path]:
+    """Quantized tensor → file of the workspace. Raises CheckpointError unless they are those of `config`."""
+    owners: dict[str, Path] = {}
+    came: dict[str, TensorCode] = {}
+    for index in workspace.finished():
+        data = workspace._files(index)[0]
+        with safe_open(data, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                part = file.get_slice(name)
+                came[name] = str(part.get_dtype()), tuple(part.get_shape())
+                owners[name] = data
+    check_same({key: code for layer in config.layers for key, code in _codes(config, layer).items()}, came)
+    return owners
+
+
+def _codes(config: QuantConfig, layer: str) -> dict[str, TensorCode]:
+    return {name: (DTYPE_CODES[dtype], shape) for name, (dtype, shape) in config.tensors(layer).items()}
+
+
+def _without_infinity(record: Any) -> Any:
+    if isinstance(record, dict):
+        return {key: _without_infinity(value) for key, value in record.items()}
+    return None if isinstance(record, float) and not math.isfinite(record) else record
+
+
+def _without_volatile(record: Any) -> Any:
+    if isinstance(record, dict):
+        return {key: _without_volatile(value) for key, value in record.items() if key not in VOLATILE}
+    return record
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
