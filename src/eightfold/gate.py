@@ -1,0 +1,112 @@
+"""The gate: what a checkpoint must show before it is called done. It is evaluated and generates, from its own files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from eightfold.calibration import windows as cut_windows
+from eightfold.evaluate import EvalResult, NotFiniteError, evaluate
+from eightfold.folder import ModelFolder
+
+if TYPE_CHECKING:
+    from eightfold.preflight import Plan
+
+# Perplexity may grow by this factor at a nominal rate (from 4 bits on by the last); more is called broken. Small models
+# lose most: a 3M one doubles its perplexity at 2 bits, a 47M one loses an eighth.
+MAX_RATIO = {2: 4.0, 3: 2.0, 4: 1.5}
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 32
+LEAST_DISTINCT = 4  # different tokens that one sampled continuation, at least, must have
+EVAL_SEQLEN = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`reasons` why the checkpoint failed, none if it passed; `samples`: (prompt, continuation) texts.
+
+    `evaluation` is None, and there are no samples, where the checkpoint's logits are not finite.
+    """
+
+    evaluation: EvalResult | None
+    samples: list[tuple[str, str]]
+    reasons: list[str]
+
+    @property
+    def passed(self) -> bool:
+        return not self.reasons
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "passed": self.passed,
+            "reasons": self.reasons,
+            "evaluation": self.evaluation and self.evaluation.to_dict(),
+            "samples": [{"prompt": prompt, "continuation": text} for prompt, text in self.samples],
+        }
+
+
+def judge(plan: Plan, made: Path, phase: Any, advance: Any) -> Verdict:
+    """Evaluate the checkpoint in `made` against the original on held-out text, and sample from it.
+
+    `phase(name, steps)` and `advance(steps)` are told of the progress. Logits that are not finite fail the gate, too.
+    """
+    from transformers import AutoTokenizer
+
+    request, decoder = plan.request, plan.decoder
+    tokenizer = AutoTokenizer.from_pretrained(made)
+    windows = cut_windows(
+        request.eval_text, tokenizer, min(EVAL_SEQLEN, plan.windows.shape[1]), limit=request.eval_windows
+    )
+    done = 0
+
+    def progress(step: int, steps: int) -> None:
+        nonlocal done
+        if not done:
+            phase("evaluating", steps)
+        advance(step - done)
+        done = step
+
+    try:
+        evaluation = evaluate(ModelFolder(made), windows, plan.folder, decoder.device, decoder.dtype, progress)
+    except NotFiniteError as error:
+        return Verdict(None, [], [str(error)])
+    phase("generating", 1)
+    samples, distinct = generate(made, windows[:PROMPTS, :PROMPT_TOKENS], decoder.device, decoder.dtype)
+    advance(1)
+    limit = request.max_ratio or MAX_RATIO.get(request.bits, MAX_RATIO[4])
+    reasons = []
+    if not (evaluation.ratio or 0) <= limit:
+        reasons.append(f"perplexity is {evaluation.ratio:.3f} times the original's, more than {limit:g} times")
+    if distinct < LEAST_DISTINCT:
+        reasons.append(f"it generates the same token over and over ({distinct} different ones in {NEW_TOKENS})")
+    return Verdict(evaluation, samples, reasons)
+
+
+def generate(
+    path: Path, prompts: Tensor, device: torch.device, dtype: torch.dtype, new_tokens: int = NEW_TOKENS
+) -> tuple[list[tuple[str, str]], int]:
+    """Sampled continuations (temperature 1, fixed seed) of prompts, long [P, T], through transformers.
+
+    Returns (prompt, continuation) texts, and the most different tokens that any of the continuations has.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        out = model.generate(
+            prompts.to(device),
+            attention_mask=torch.ones_like(prompts, device=device),
+            do_sample=True,
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        )
+    new = out[:, prompts.shape[1] :]
+    texts = zip(tokenizer.batch_decode(prompts), tokenizer.batch_decode(new), strict=True)
+    return list(texts), max(len(row.unique()) for row in new)

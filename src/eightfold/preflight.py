@@ -1,0 +1,299 @@
+"""What a quantization would take and give, before any of it is done: modules, bits, bytes, memory, minutes."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import eightfold
+from eightfold import calibration
+from eightfold.checkpoint import check_target, output_tensors, plan_shards
+from eightfold.files import file_bytes
+from eightfold.folder import ModelFolder
+from eightfold.format import LayerSpec, QuantConfig, stored_bits
+from eightfold.model import Decoder, LinearInfo
+from eightfold.parallel import workers_for
+from eightfold.quantize import Settings, recipe
+from eightfold.rotation import IN_FLOOR, layout_blocks
+from eightfold.rvq import RECIPES
+from eightfold.tensor_parallel import cut_side, largest_tp, linear_blocks
+
+DEFAULT_LAYOUT = "pow2-sum"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to quantize and how. `calibration`, `eval_text`: paths, None for the bundled texts. `tp_max` None: the most
+    that fits. `device`, `dtype`: "auto" or torch's names. `include`, `exclude`: patterns of linears' full names."""
+
+    model: str
+    out: str
+    bits: int
+    calibration: str | None = None
+    samples: int = 128
+    seqlen: int = 2048
+    device: str = "auto"
+    dtype: str = "auto"
+    layout: str = DEFAULT_LAYOUT
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    tp_max: int | None = None
+    shard_bytes: int = 4 << 30
+    sensitivity_samples: int = 16
+    eval_text: str | None = None
+    eval_windows: int = 32
+    max_ratio: float | None = None
+    settings: Settings = field(default_factory=Settings)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A request checked against its model. `left`: linears not quantized. Bytes and seconds are estimates where named so."""
+
+    request: Request
+    folder: ModelFolder
+    decoder: Decoder
+    windows: Tensor
+    config: QuantConfig
+    left: tuple[str, ...]
+    output_bytes: int
+    source_bytes: int
+    free_bytes: int
+    peak_bytes_estimate: int
+    seconds_estimate: float
+
+    @property
+    def stored_bits(self) -> float:
+        return stored_bits(self.config.layers.values(), self.config.scale_dtype)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the user is told, ready for JSON."""
+        return {
+            "model": self.request.model,
+            "out": self.request.out,
+            "bits": self.request.bits,
+            "stored_bits": self.stored_bits,
+            "layout": self.request.layout,
+            "tp_max": self.config.tp_max,
+            "quantized": list(self.config.layers),
+            "left": list(self.left),
+            "source_bytes": self.source_bytes,
+            "output_bytes": self.output_bytes,
+            "free_bytes": self.free_bytes,
+            "peak_bytes_estimate": self.peak_bytes_estimate,
+            "seconds_estimate": self.seconds_estimate,
+            "device": str(self.decoder.device),
+            "dtype": str(self.decoder.dtype).removeprefix("torch."),
+            "calibration": self.config.provenance["calibration"],
+        }
+
+
+def make_plan(request: Request) -> Plan:
+    """Check everything that can be checked before the work. Raises ValueError or CheckpointError, one sentence each."""
+    if request.bits not in RECIPES:
+        raise ValueError(f"expected bits from {min(RECIPES)} to {max(RECIPES)}, got {request.bits}")
+    check_target(request.out)
+    folder = ModelFolder(request.model)
+    if folder.quantization is not None:
+        raise ValueError(f"{request.model}: expected an original model, this one is quantized already")
+    device, dtype = choose_device(request.device), choose_dtype(request.dtype, request.device, folder)
+    decoder = Decoder(folder, device, dtype)
+    linears = decoder.linear_shapes()
+    chosen = _choose(linears, request)
+    config = folder.config
+    tp_max = request.tp_max or largest_tp(config, {n: _shape(i) for n, i in chosen.items()}, request.layout)
+    layers = {name: _spec(folder, name, info, request, tp_max) for name, info in chosen.items()}
+    windows, origin = _calibration(folder, request)
+    quant_config = QuantConfig(
+        layers=layers,
+        recipes={request.bits: recipe(request.bits)},
+        tp_max=tp_max,
+        scale_dtype=request.settings.scale_dtype,
+        provenance=_provenance(request, origin, dtype),
+    )
+    parent = Path(request.out).resolve().parent
+    return Plan(
+        request, folder, decoder, windows, quant_config,
+        left=tuple(name for name in linears if name not in layers),
+        output_bytes=_output_bytes(folder, quant_config, request),
+        source_bytes=sum(info.nbytes for info in folder.tensors.values()),
+        free_bytes=shutil.disk_usage(next(p for p in (parent, *parent.parents) if p.exists())).free,
+        peak_bytes_estimate=_peak_bytes(decoder, chosen, windows, request),
+        seconds_estimate=_seconds(decoder, chosen, windows, request),
+    )  # fmt: skip
+
+
+def check_room(plan: Plan) -> None:
+    """Raise ValueError where the disk lacks room for the workspace and the checkpoint."""
+    needed = 2 * plan.output_bytes
+    if needed > plan.free_bytes:
+        raise ValueError(
+            f"{plan.request.out}: expected {needed:,} bytes free on its disk for finished layers and the checkpoint, "
+            f"there are {plan.free_bytes:,}; free some or choose another place"
+        )
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name; "auto" is the first GPU, or the CPU. Raises ValueError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"expected a device such as cpu, cuda or cuda:1, got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name}: there is no usable NVIDIA GPU; use --device cpu")
+    return device
+
+
+def choose_dtype(name: str, device: str, folder: ModelFolder) -> torch.dtype:
+    """Dtype of the forwards; "auto": float32 on a CPU, the model's own on a GPU. Raises ValueError for others."""
+    if name == "auto":
+        own = getattr(folder.config, "dtype", None)
+        return own if choose_device(device).type == "cuda" and isinstance(own, torch.dtype) else torch.float32
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"expected a dtype out of auto, float32, bfloat16, float16, got {name!r}")
+    return getattr(torch, name)
+
+
+def _choose(linears: dict[str, LinearInfo], request: Request) -> dict[str, LinearInfo]:
+    """All linears of the decoder layers, and what `include` adds, without what `exclude` takes away."""
+    for pattern in (*request.include, *request.exclude):
+        if not any(fnmatchcase(name, pattern) for name in linears):
+            raise ValueError(
+                f"pattern {pattern!r} matches no linear of the model; names look like {next(iter(linears))}"
+            )
+    chosen = {
+        name: info
+        for name, info in linears.items()
+        if (info.layer_index is not None or any(fnmatchcase(name, p) for p in request.include))
+        and not any(fnmatchcase(name, p) for p in request.exclude)
+    }
+    if not chosen:
+        raise ValueError("no linear is left to quantize; loosen --exclude")
+    return chosen
+
+
+def _shape(info: LinearInfo) -> tuple[int, int]:
+    return info.out_features, info.in_features
+
+
+def _spec(folder: ModelFolder, name: str, info: LinearInfo, request: Request, tp_max: int) -> LayerSpec:
+    N, K = _shape(info)
+    if info.layer_index is None:  # logits are cut by words: no rotation on that side
+        out_blocks, in_blocks = (1,) * N, layout_blocks(K, request.layout, IN_FLOOR)
+    else:
+        out_blocks, in_blocks = linear_blocks(folder.config, name, (N, K), request.layout, tp_max)
+    bias = None
+    if info.bias:
+        bias = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[folder.tensors[f"{name}.bias"].dtype]
+    return LayerSpec(N, K, request.bits, out_blocks, in_blocks, bias)
+
+
+def _calibration(folder: ModelFolder, request: Request) -> tuple[Tensor, dict[str, Any]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder.path)
+    longest = getattr(folder.config, "max_position_embeddings", None) or request.seqlen
+    seqlen = min(request.seqlen, longest)
+    return calibration.tokens(request.calibration, tokenizer, request.samples, seqlen, request.settings.seed)
+
+
+def _output_bytes(folder: ModelFolder, config: QuantConfig, request: Request) -> int:
+    """Bytes of the weight files, exactly."""
+    tensors = output_tensors(folder, config)
+    shards = plan_shards(tensors, request.shard_bytes).values()
+    return sum(file_bytes({name: tensors[name] for name in names}) for names in shards)
+
+
+def _provenance(request: Request, origin: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "eightfold": eightfold.__version__,
+        "base_model": Path(request.model).name,
+        "calibration": origin,
+        "layout": request.layout,
+        "include": list(request.include),
+        "exclude": list(request.exclude),
+        "dtype": str(dtype).removeprefix("torch."),
+        "sensitivity_samples": request.sensitivity_samples,
+        "settings": asdict(request.settings) | {"multipliers": list(request.settings.multipliers)},
+    }
+
+
+def _groups(decoder: Decoder, chosen: dict[str, LinearInfo]) -> dict[tuple[Any, ...], list[LinearInfo]]:
+    """Which linears will probably share an input, for the estimates alone: same parent, inputs and cut side."""
+    groups: dict[tuple[Any, ...], list[LinearInfo]] = {}
+    for name, info in chosen.items():
+        key = (info.layer_index, name.rpartition(".")[0], info.in_features, cut_side(decoder.folder.config, name))
+        groups.setdefault(key, []).append(info)
+    return groups
+
+
+def _peak_bytes(decoder: Decoder, chosen: dict[str, LinearInfo], windows: Tensor, request: Request) -> int:
+    """Weights of a layer, embeddings, activations of both streams, Hessians with what factoring them takes, the gate."""
+    item = decoder.dtype.itemsize
+    layers: dict[int | None, int] = {}
+    for info in chosen.values():
+        layers[info.layer_index] = layers.get(info.layer_index, 0) + info.out_features * info.in_features
+    width = max(info.in_features for info in chosen.values() if info.layer_index is not None)
+    hidden = getattr(decoder.folder.config, "hidden_size", width)
+    streams = 2 * windows.numel() * hidden * item
+    kept = (
+        (len(decoder.layer_names) + 1)
+        * min(request.sensitivity_samples, len(windows))
+        * windows.shape[1]
+        * hidden
+        * item
+    )
+    per_layer: dict[int | None, int] = {}
+    groups = _groups(decoder, chosen)
+    for (layer, *_), members in groups.items():
+        per_layer[layer] = per_layer.get(layer, 0) + members[0].in_features ** 2
+    hessians = max(per_layer.values()) * 2 * 4 * (1 + workers_for(decoder.device) + 1)
+    group = (
+        max(sum(i.out_features * i.in_features for i in m) * 9 + 6 * m[0].in_features ** 2 for m in groups.values()) * 4
+    )
+    params = sum(info.nbytes for info in decoder.folder.tensors.values()) // 2
+    shell = (params - sum(layers.values())) * item
+    walk = shell + max(layers.values()) * (item + 4) + max(kept, streams + hessians + group)
+    return max(walk, params * item + 2 * max(layers.values()) * 4)
+
+
+def _seconds(decoder: Decoder, chosen: dict[str, LinearInfo], windows: Tensor, request: Request) -> float:
+    """Operations over rates that are measured now, for about half a second."""
+    flops, vectors = _rates(decoder.device, request.bits)
+    weights = sum(info.out_features * info.in_features for info in chosen.values())
+    tokens = windows.numel()
+    sensed = min(request.sensitivity_samples, len(windows)) * windows.shape[1]
+    squares = sum(m[0].in_features ** 2 for m in _groups(decoder, chosen).values())
+    feedback = sum(info.out_features * info.in_features**2 for info in chosen.values())
+    forwards = 2 * weights * (3 * tokens + 4 * sensed + 2 * request.eval_windows * windows.shape[1])
+    searched = 1 + len(request.settings.multipliers) * min(
+        1.0, request.settings.search_rows * len(chosen) / sum(i.out_features for i in chosen.values())
+    )
+    return (forwards + 4 * squares * tokens + 2 * feedback * searched) / flops + weights / 8 * searched / vectors
+
+
+def _rates(device: torch.device, bits: int) -> tuple[float, float]:
+    """Measured float32 operations and encoded vectors per second."""
+    x = torch.randn(1024, 1024, device=device)
+    vectors = torch.randn(1 << (14 if device.type == "cpu" else 17), 8, device=device)
+
+    def seconds(work: Any) -> float:
+        best = float("inf")
+        for _ in range(3):
+            start = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    return 2 * 1024**3 / seconds(lambda: x @ x), len(vectors) / seconds(lambda: RECIPES[bits].encode(vectors))

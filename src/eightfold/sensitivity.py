@@ -1,0 +1,98 @@
+"""How much the loss minds an error at each output of each linear: its mean squared gradient there.
+
+One forward of the original model that keeps the hidden states between layers, then one backward, layer by layer, each
+layer's forward done again for its gradient: one layer's weights in memory at a time. The labels are drawn from the
+model's own predictions, so this is the diagonal, on the output side, of the Fisher information (as in YAQA and
+GuidedQuant, which use more of it; here it only sets the output channels' scales).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from eightfold.model import Decoder
+from eightfold.parallel import ordered_map, workers_for
+
+POSITIONS = 128  # positions whose logits are held at once
+
+Advance = Callable[[int], None]
+
+
+def output_sensitivity(decoder: Decoder, windows: Tensor, seed: int, advance: Advance) -> dict[str, Tensor]:
+    """Mean squared gradients of the loss at the outputs of every linear of the layers, float32 [N] on the CPU, by name.
+
+    windows: long [S, T]. `advance` is told of every layer pass done over all windows (2 * layers + 1 of them). The same
+    windows and seed give the same bits, whatever the number of threads.
+    """
+    device, layers = decoder.device, range(len(decoder.layer_names))
+    workers = workers_for(device)
+    hidden: list[list[Tensor]] = [[decoder.prologue(w).cpu() for w in windows]]
+    for i in layers:
+        layer = decoder.load_layer(i)
+        forward = lambda x, i=i, layer=layer: decoder.call(i, layer, x.to(device)).detach().cpu()  # noqa: E731
+        hidden.append(list(ordered_map(forward, hidden[-1], workers)))
+        advance(1)
+    top = lambda s: _loss_gradient(decoder, hidden[-1][s].to(device), seed + s)  # noqa: E731
+    gradients = list(ordered_map(top, range(len(windows)), workers))
+    advance(1)
+    result: dict[str, Tensor] = {}
+    for i in reversed(layers):
+        hidden.pop()
+        layer = decoder.load_layer(i)
+        backward = _Backward(decoder, i, layer)
+        jobs = zip(hidden[-1], gradients, strict=True)
+        done = list(ordered_map(lambda job, run=backward: run(*job), jobs, workers))
+        gradients = [gradient for gradient, _ in done]
+        for name in done[0][1]:
+            total = torch.stack([squares[name] for _, squares in done]).sum(0)
+            result[name] = (total / windows.numel()).cpu()
+        advance(1)
+    return result
+
+
+def _loss_gradient(decoder: Decoder, hidden: Tensor, seed: int) -> Tensor:
+    """Gradient [1, T, D], on the CPU, of the summed cross entropy against labels drawn from the model's predictions."""
+    random = torch.Generator(hidden.device).manual_seed(seed)
+    parts = []
+    for chunk in hidden.split(POSITIONS, 1):
+        x = chunk.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = decoder.epilogue(x)[0]
+            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=random)[:, 0]
+            loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+            parts.append(torch.autograd.grad(loss, x)[0].cpu())
+    return torch.cat(parts, 1)
+
+
+class _Backward:
+    """The backward of one layer for one window: gradient at its input, and squared gradients at its linears' outputs."""
+
+    def __init__(self, decoder: Decoder, i: int, layer: nn.Module) -> None:
+        self.decoder, self.i, self.layer = decoder, i, layer
+        self.here = threading.local()
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_hook(self._hook(f"{decoder.layer_names[i]}.{name}"))
+
+    def __call__(self, hidden: Tensor, gradient: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        device = self.decoder.device
+        self.here.squares = squares = {}
+        x = hidden.to(device).requires_grad_()
+        # Attention's fused backward adds in no fixed order on a GPU; the plain one does.
+        fixed = nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH) if device.type == "cuda" else nullcontext()
+        with torch.enable_grad(), fixed:
+            y = self.decoder.call(self.i, self.layer, x)
+            (below,) = torch.autograd.grad(y, x, gradient.to(device))
+        return below.cpu(), squares
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+            squares = self.here.squares
+            output.register_hook(lambda g: squares.update({name: g.float().square().flatten(0, -2).sum(0)}))
+
+        return hook
