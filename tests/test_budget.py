@@ -24,7 +24,7 @@ LAYERS = (
     ("quantize", "files"),
     ("linear", "skeleton", "calibration", "checkpoint"),
     ("model", "hf"),
-    ("evaluate", "sensitivity"),
+    ("evaluate", "sensitivity", "stream"),
     ("preflight",),
     ("gate",),
     ("pipeline", "inspect", "console"),

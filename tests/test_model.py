@@ -136,47 +136,12 @@ def test_groups_share_their_input(models, kind):
     assert decoder.groups(1, decoder.load_layer(1), hidden) == names
 
 
-FIRSTS = [f"model.layers.0.{group[0]}" for group in SEPARATE]
-
-
-def test_input_of(llama):
-    hidden = llama.prologue(some_tokens())
-    layer = llama.load_layer(0)
-    seen: dict[str, torch.Tensor] = {}
-    for name in FIRSTS:
-        linear = layer.get_submodule(name.removeprefix("model.layers.0."))
-        linear.register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0]))
-    llama.call(0, layer, hidden)
-    for name in FIRSTS:
-        assert torch.equal(llama.input_of(0, layer, hidden, name), seen[name])
-    with pytest.raises(ValueError, match="no_proj"):
-        llama.input_of(0, layer, hidden, "model.layers.0.no_proj")
-
-
-def test_input_of_from_several_threads(llama):
-    many = [llama.prologue(some_tokens(seed=s)) for s in range(8)]
-    layer = llama.load_layer(0)
-
-    def run(hidden: torch.Tensor) -> list[torch.Tensor]:
-        return [llama.input_of(0, layer, hidden, name) for name in FIRSTS]
-
-    for one, two in zip(ordered_map(run, many, 1), ordered_map(run, many, 4), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-
-
-def test_input_of_after_weights_were_replaced(llama):
-    hidden = llama.prologue(some_tokens())
-    layer = llama.load_layer(0)
-    llama.groups(0, layer, hidden)
-    new = nn.Linear(200, 344, bias=False)
-    layer.get_submodule("mlp").gate_proj = new
-    assert llama.input_of(0, layer, hidden, "model.layers.0.mlp.gate_proj").shape == (1, hidden.shape[1], 200)
-
-
 def test_not_finite_is_named():
-    check_finite(torch.ones(3), "model.layers.4", 2)
-    with pytest.raises(ValueError, match=r"model\.layers\.4: calibration sample 2"):
-        check_finite(torch.tensor([1.0, float("nan")]), "model.layers.4", 2)
+    x = torch.ones(2, 3, 4)
+    check_finite(x, "model.layers.4", 2)
+    x[1, 0, 3] = float("nan")
+    with pytest.raises(ValueError, match=r"model\.layers\.4: calibration sample 3"):
+        check_finite(x, "model.layers.4", 2)
 
 
 def test_layers_that_return_tuples(tmp_path):

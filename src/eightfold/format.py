@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eightfold.e8p import codebook
 from eightfold.rotation import run_lengths, valid_block
+from eightfold.rvq import Residual
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "eightfold"
@@ -87,11 +87,11 @@ _BLOCK_FIELDS = ("out_blocks", "in_blocks")
 
 
 @dataclass(frozen=True, slots=True)
-class StageRecipe:
-    """How codes make weights: stage k adds ratios[k] times a point of codebook stages[k]; ratios[0] is 1."""
+class StageRecipe(Residual):
+    """How codes make weights, as config.json says it: stage k adds ratios[k] times a point of codebook stages[k].
 
-    stages: tuple[str, ...]
-    ratios: tuple[float, ...]
+    Raises CheckpointError for what the format does not allow; ratios[0] is 1.
+    """
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.stages) <= MAX_STAGES or any(stage not in STAGES for stage in self.stages):
@@ -99,16 +99,6 @@ class StageRecipe:
         count = len(self.stages)
         if len(self.ratios) != count or not all(map(_positive, self.ratios)) or self.ratios[0] != 1:
             raise CheckpointError(f"ratios: expected {count} positive numbers, 1 first, came {self.ratios!r}")
-
-    @property
-    def bits(self) -> int:
-        """Nominal bits a weight."""
-        return sum(codebook(stage).bits for stage in self.stages) // 8
-
-    @property
-    def code_dtypes(self) -> tuple[torch.dtype, ...]:
-        """One dtype of codes per stage."""
-        return tuple(codebook(stage).dtype for stage in self.stages)
 
     @classmethod
     def from_dict(cls, section: Any) -> StageRecipe:

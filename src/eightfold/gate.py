@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from eightfold.calibration import windows as cut_windows
 from eightfold.evaluate import EvalResult, NotFiniteError, evaluate
 from eightfold.folder import ModelFolder
 
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 MAX_RATIO = {2: 4.0, 3: 2.0, 4: 1.5}
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 32
 LEAST_DISTINCT = 4  # different tokens that one sampled continuation, at least, must have
-EVAL_SEQLEN = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +52,7 @@ def judge(plan: Plan, made: Path, phase: Any, advance: Any) -> Verdict:
 
     `phase(name, steps)` and `advance(steps)` are told of the progress. Logits that are not finite fail the gate, too.
     """
-    from transformers import AutoTokenizer
-
-    request, decoder = plan.request, plan.decoder
-    tokenizer = AutoTokenizer.from_pretrained(made)
-    windows = cut_windows(
-        request.eval_text, tokenizer, min(EVAL_SEQLEN, plan.windows.shape[1]), limit=request.eval_windows
-    )
+    request, decoder, windows = plan.request, plan.decoder, plan.held_out
     done = 0
 
     def progress(step: int, steps: int) -> None:

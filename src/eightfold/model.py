@@ -99,6 +99,11 @@ class Decoder:
         """Every linear by its full name, layer by layer, lm_head last."""
         return dict(self._linear_infos)
 
+    def head_name(self) -> str | None:
+        """Full name of the linear that makes the logits; None if the model has none."""
+        head = self._model.get_output_embeddings()
+        return next((name for name, linear in _linears(self._model) if linear is head), None)
+
     def groups(self, i: int, layer: nn.Module, hidden: Tensor) -> list[tuple[str, ...]]:
         """The linears of layer `i` that got the very same input tensor: full names, in order of calls."""
         groups: list[tuple[Tensor, list[str]]] = []
@@ -144,20 +149,6 @@ class Decoder:
             raise ValueError(f"hidden: call prologue for sequences of {hidden.shape[1]} tokens first")
         args, kwargs = recorded[1][i]
         return first(layer(hidden, *args, **kwargs))
-
-    def input_of(self, i: int, layer: nn.Module, hidden: Tensor, name: str) -> Tensor:
-        """What linear `name` of `layer` gets, [1, T, K], for hidden states [1, T, D]; the layer runs no further."""
-
-        def see(called: str, x: Tensor) -> None:
-            if called == name:
-                raise _Stop(x)
-
-        try:
-            with self._watching(i, layer, see):
-                self.call(i, layer, hidden)
-        except _Stop as stop:
-            return stop.hidden
-        raise ValueError(f"{name}: expected a linear that the forward of {self.layer_names[i]} calls")
 
     def epilogue(self, hidden: Tensor) -> Tensor:
         """Logits, float32 [1, T, V], for the last layer's hidden states [1, T, D].
@@ -375,9 +366,11 @@ class Decoder:
         return forward
 
 
-def check_finite(x: Tensor, layer: str, sample: int) -> None:
-    """Raise ValueError, naming `layer` and `sample`, if `x` holds an infinity or a NaN."""
-    if not bool(torch.isfinite(x).all()):
+def check_finite(x: Tensor, layer: str, first: int) -> None:
+    """Raise ValueError, naming `layer` and the sample, if `x` [B, ...] (samples `first` and following) is not finite."""
+    finite = x.isfinite().flatten(1).all(1)
+    if not bool(finite.all()):
+        sample = first + int((~finite).nonzero()[0])
         raise ValueError(
             f"{layer}: calibration sample {sample} gives activations that are not finite; "
             f"try --dtype float32, or look for broken weights in the model"

@@ -1,4 +1,4 @@
-"""Quantize a model from end to end: layer by layer to a workspace, then the checkpoint, then the gate, then in place."""
+"""Quantize a model from end to end: layer by layer to a workspace, then the checkpoint, the gate, and into place."""
 
 from __future__ import annotations
 
@@ -18,9 +18,13 @@ from eightfold.gate import Verdict, judge
 from eightfold.linear import QuantLinear
 from eightfold.model import Decoder, check_finite
 from eightfold.parallel import ordered_map, single_threaded, workers_for
-from eightfold.preflight import Plan, check_room
+from eightfold.preflight import Plan, check_room, failed_path
 from eightfold.quantize import GroupStatistics, Quantized, mean_moments, moments, quantize_group
 from eightfold.sensitivity import output_sensitivity
+from eightfold.stream import Tap, find_receiver
+
+
+BATCH_TOKENS = 16384  # tokens of one forward on a GPU
 
 
 class Listener(Protocol):
@@ -57,7 +61,7 @@ def quantize_model(plan: Plan, listener: Listener) -> Outcome:
         verdict = judge(plan, made, listener.phase, listener.advance)
         target = Path(plan.request.out)
         records = workspace.records()
-        path = publish(workspace, target if verdict.passed else target.with_name(target.name + ".failed"))
+        path = publish(workspace, target if verdict.passed else failed_path(target))
     return Outcome(path, verdict, records)
 
 
@@ -79,6 +83,9 @@ class _Walk:
         self.plan, self.config, self.workspace, self.listener = plan, config, workspace, listener
         self.settings = plan.request.settings
         self.workers = workers_for(self.decoder.device)
+        # Samples that one forward takes: on a CPU one a thread, on a GPU as many as keep it busy.
+        tokens = BATCH_TOKENS if self.decoder.device.type != "cpu" else 1
+        self.batch = max(1, tokens // plan.windows.shape[1])
 
     @torch.no_grad()
     @single_threaded()  # but for what goes through ordered_map, so that the bytes do not depend on threads
@@ -90,7 +97,8 @@ class _Walk:
             return
         sensitivity = self._sensitivity()
         self.listener.phase("layers", count)
-        original = [decoder.prologue(w) for w in self.plan.windows]
+        every = [decoder.prologue(w) for w in self.plan.windows]
+        original = [torch.cat(every[a : a + self.batch]) for a in range(0, len(every), self.batch)]
         hidden = list(original)
         for i, name in enumerate(decoder.layer_names):
             start = time.perf_counter()
@@ -119,7 +127,7 @@ class _Walk:
 
         def forward(job: tuple[int, Tensor]) -> Tensor:
             out = self.decoder.call(i, layer, job[1])
-            check_finite(out, name, job[0])
+            check_finite(out, name, job[0] * self.batch)
             return out
 
         return list(ordered_map(forward, enumerate(hidden), self.workers))
@@ -138,7 +146,7 @@ class _Walk:
         found: dict[str, Quantized] = {}
         for group in self.decoder.groups(i, layer, hidden[0]):
             if names := [n for n in group if n in self.config.layers]:
-                statistics = self._statistics(i, layer, work, group[0], original, hidden)
+                statistics = self._statistics(i, layer, work, group, original, hidden)
                 known = {n: sensitivity[n] for n in names} if all(n in sensitivity for n in names) else None
                 linears = {n: work.get_submodule(n.removeprefix(f"{prefix}.")) for n in names}
                 weights = {n: cast(nn.Linear, linear).weight.float() for n, linear in linears.items()}
@@ -148,20 +156,35 @@ class _Walk:
         return found
 
     def _statistics(
-        self, i: int, layer: nn.Module, work: nn.Module, name: str, original: list[Tensor], hidden: list[Tensor]
+        self,
+        i: int,
+        layer: nn.Module,
+        work: nn.Module,
+        group: tuple[str, ...],
+        original: list[Tensor],
+        hidden: list[Tensor],
     ) -> GroupStatistics:
-        """Moments of the inputs of linear `name` in the original and in the quantized stream, summed in order."""
+        """Moments of the inputs of a group in the original and in the quantized model, summed in order."""
+        name = group[0]
+        receiver = find_receiver(self.decoder, i, layer, hidden[0], name) if len(group) == 1 else None
+        tap = Tap(self.decoder, i, name, receiver)
 
-        def one(job: tuple[int, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            sample, x0, x = job
-            now = self.decoder.input_of(i, work, x, name)
-            then = self.decoder.input_of(i, layer, x0, name)
-            check_finite(now, name, sample)
-            check_finite(then, name, sample)
-            return moments(now, then)
+        def one(job: tuple[int, Tensor, Tensor]) -> list[Tensor]:
+            batch, before, now = job
+            x, stream = tap(work, now)
+            x0, stream0 = tap(layer, before)
+            for seen in (x, x0, stream, stream0):
+                if seen is not None:
+                    check_finite(seen, name, batch * self.batch)
+            return moments(x, x0, stream, stream0)
 
-        jobs = zip(range(len(hidden)), original, hidden, strict=True)
-        return mean_moments(ordered_map(one, jobs, self.workers), self.plan.windows.numel())
+        handles = [*tap.attach(layer), *tap.attach(work)]
+        try:
+            jobs = zip(range(len(hidden)), original, hidden, strict=True)
+            return mean_moments(ordered_map(one, jobs, self.workers), self.plan.windows.numel())
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _quantize_group(self, weights: dict[str, Tensor], statistics: GroupStatistics) -> dict[str, Quantized]:
         read, layers = self.decoder.folder.read, self.config.layers
@@ -195,10 +218,13 @@ class _Walk:
         """A linear after the layers (lm_head), whose input is what the model's tail makes of the last hidden states."""
         start = time.perf_counter()
 
-        def one(job: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            return moments(self.decoder.head_input(name, job[1]), self.decoder.head_input(name, job[0]))
+        def one(job: tuple[int, Tensor, Tensor]) -> list[Tensor]:
+            x0, x = (self.decoder.head_input(name, states) for states in job[1:])
+            for seen in (x, x0):
+                check_finite(seen, name, job[0] * self.batch)
+            return moments(x, x0)
 
-        jobs = zip(original, hidden, strict=True)
+        jobs = zip(range(len(hidden)), original, hidden, strict=True)
         statistics = mean_moments(map(one, jobs), self.plan.windows.numel())
         found = self._quantize_group({name: self.decoder.weight(name).float()}, statistics)
         self._save(index, name, found, time.perf_counter() - start)

@@ -23,8 +23,9 @@ from eightfold.parallel import workers_for
 from eightfold.quantize import Settings, recipe
 from eightfold.rotation import IN_FLOOR, layout_blocks
 from eightfold.rvq import RECIPES
-from eightfold.tensor_parallel import cut_side, largest_tp, linear_blocks
+from eightfold.tensor_parallel import check_heads, cut_side, largest_tp, linear_blocks
 
+EVAL_SEQLEN = 1024
 DEFAULT_LAYOUT = "pow2-sum"
 
 
@@ -55,12 +56,14 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A request checked against its model. `left`: linears not quantized. Bytes and seconds are estimates where named so."""
+    """A request checked against its model. `windows`: of the calibration text, long [samples, seqlen]; `held_out`: of
+    the evaluation text. `left`: linears not quantized. Bytes and seconds are estimates where named so."""
 
     request: Request
     folder: ModelFolder
     decoder: Decoder
     windows: Tensor
+    held_out: Tensor
     config: QuantConfig
     left: tuple[str, ...]
     output_bytes: int
@@ -99,18 +102,18 @@ def make_plan(request: Request) -> Plan:
     """Check everything that can be checked before the work. Raises ValueError or CheckpointError, one sentence each."""
     if request.bits not in RECIPES:
         raise ValueError(f"expected bits from {min(RECIPES)} to {max(RECIPES)}, got {request.bits}")
-    check_target(request.out)
+    for target in (Path(request.out), failed_path(request.out)):
+        check_target(target)
     folder = ModelFolder(request.model)
     if folder.quantization is not None:
         raise ValueError(f"{request.model}: expected an original model, this one is quantized already")
     device, dtype = choose_device(request.device), choose_dtype(request.dtype, request.device, folder)
     decoder = Decoder(folder, device, dtype)
     linears = decoder.linear_shapes()
-    chosen = _choose(linears, request)
-    config = folder.config
-    tp_max = request.tp_max or largest_tp(config, {n: _shape(i) for n, i in chosen.items()}, request.layout)
+    chosen = _choose(linears, decoder.head_name(), request)
+    tp_max = _tp_max(folder.config, chosen, request)
     layers = {name: _spec(folder, name, info, request, tp_max) for name, info in chosen.items()}
-    windows, origin = _calibration(folder, request)
+    windows, held_out, origin = _texts(folder, request)
     quant_config = QuantConfig(
         layers=layers,
         recipes={request.bits: recipe(request.bits)},
@@ -120,7 +123,7 @@ def make_plan(request: Request) -> Plan:
     )
     parent = Path(request.out).resolve().parent
     return Plan(
-        request, folder, decoder, windows, quant_config,
+        request, folder, decoder, windows, held_out, quant_config,
         left=tuple(name for name in linears if name not in layers),
         output_bytes=_output_bytes(folder, quant_config, request),
         source_bytes=sum(info.nbytes for info in folder.tensors.values()),
@@ -148,8 +151,10 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"expected a device such as cpu, cuda or cuda:1, got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name}: there is no usable NVIDIA GPU; use --device cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"expected a device such as cpu, cuda or cuda:1, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name}: there are {torch.cuda.device_count()} usable NVIDIA GPUs; try --device cpu")
     return device
 
 
@@ -163,8 +168,8 @@ def choose_dtype(name: str, device: str, folder: ModelFolder) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _choose(linears: dict[str, LinearInfo], request: Request) -> dict[str, LinearInfo]:
-    """All linears of the decoder layers, and what `include` adds, without what `exclude` takes away."""
+def _choose(linears: dict[str, LinearInfo], head: str | None, request: Request) -> dict[str, LinearInfo]:
+    """All linears of the decoder layers, and the head if `include` adds it, without what `exclude` takes away."""
     for pattern in (*request.include, *request.exclude):
         if not any(fnmatchcase(name, pattern) for name in linears):
             raise ValueError(
@@ -178,7 +183,25 @@ def _choose(linears: dict[str, LinearInfo], request: Request) -> dict[str, Linea
     }
     if not chosen:
         raise ValueError("no linear is left to quantize; loosen --exclude")
+    if odd := [name for name, info in chosen.items() if info.layer_index is None and name != head]:
+        raise ValueError(f"{odd[0]}: only linears of decoder layers and the head can be quantized; narrow --include")
     return chosen
+
+
+def failed_path(out: str | Path) -> Path:
+    """Where the checkpoint goes that fails the gate."""
+    return Path(out).with_name(Path(out).name + ".failed")
+
+
+def _tp_max(config: Any, chosen: dict[str, LinearInfo], request: Request) -> int:
+    """The head has no say: it is cut by rows, which are not rotated."""
+    if request.tp_max is None:
+        shapes = {name: _shape(info) for name, info in chosen.items() if info.layer_index is not None}
+        return largest_tp(config, shapes, request.layout)
+    if request.tp_max < 1:
+        raise ValueError(f"expected a tp_max of at least 1, got {request.tp_max}")
+    check_heads(config, request.tp_max)
+    return request.tp_max
 
 
 def _shape(info: LinearInfo) -> tuple[int, int]:
@@ -197,13 +220,21 @@ def _spec(folder: ModelFolder, name: str, info: LinearInfo, request: Request, tp
     return LayerSpec(N, K, request.bits, out_blocks, in_blocks, bias)
 
 
-def _calibration(folder: ModelFolder, request: Request) -> tuple[Tensor, dict[str, Any]]:
+def _texts(folder: ModelFolder, request: Request) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Windows of the calibration and of the evaluation text; where the former came from."""
     from transformers import AutoTokenizer
+
+    if request.seqlen < 2:
+        raise ValueError(f"expected a seqlen of at least 2, got {request.seqlen}")
 
     tokenizer = AutoTokenizer.from_pretrained(folder.path)
     longest = getattr(folder.config, "max_position_embeddings", None) or request.seqlen
     seqlen = min(request.seqlen, longest)
-    return calibration.tokens(request.calibration, tokenizer, request.samples, seqlen, request.settings.seed)
+    windows, origin = calibration.tokens(
+        request.calibration, tokenizer, request.samples, seqlen, request.settings.seed
+    )
+    held_out = calibration.windows(request.eval_text, tokenizer, min(EVAL_SEQLEN, seqlen), limit=request.eval_windows)
+    return windows, held_out, origin
 
 
 def _output_bytes(folder: ModelFolder, config: QuantConfig, request: Request) -> int:
@@ -237,7 +268,7 @@ def _groups(decoder: Decoder, chosen: dict[str, LinearInfo]) -> dict[tuple[Any, 
 
 
 def _peak_bytes(decoder: Decoder, chosen: dict[str, LinearInfo], windows: Tensor, request: Request) -> int:
-    """Weights of a layer, embeddings, activations of both streams, Hessians with what factoring them takes, the gate."""
+    """Weights of a layer, embeddings, activations of both streams, Hessians and what factoring them takes, the gate."""
     item = decoder.dtype.itemsize
     layers: dict[int | None, int] = {}
     for info in chosen.values():

@@ -35,7 +35,8 @@ class Settings:
 
     `in_exponent`: input channel j is divided by rms(W[:, j])**in_exponent. `out_exponent`: output channel n is divided
     by (rms(W[n]) / rms(gradient of the loss at output n))**out_exponent. `damping`: added to the Hessian's diagonal, as
-    a share of its mean. `correction`: share of the upstream error that the target weights make good (0: none).
+    a share of its mean. `correction`, `stream_correction`: share of the upstream error, at the input and in the residual
+    stream, that the target weights make good (0: none).
     `multipliers`: the scales tried, relative to the Gaussian optimum, on `search_rows` rows.
     """
 
@@ -43,6 +44,7 @@ class Settings:
     out_exponent: float = 0.5
     damping: float = 0.03
     correction: float = 0.5
+    stream_correction: float = 0.5
     multipliers: tuple[float, ...] = (1.0, 1.1, 1.2)
     search_rows: int = 512
     scale_dtype: str = "float16"
@@ -54,11 +56,13 @@ class GroupStatistics:
     """What calibration saw at the input x of a group of linears, x0 being the same input in the original model.
 
     `hessian`: E[x x^T], float32 [K, K]. `drift`: E[(x0 - x) x^T], float32 [K, K], or None for no correction.
+    `stream_drift`: E[(r0 - r) x^T], float32 [N, K], r the residual stream that the (then only) linear adds to, or None.
     `sensitivity`: per linear the mean squared gradient of the loss at its outputs, float32 [N], or None for equal ones.
     """
 
     hessian: Tensor
     drift: Tensor | None = None
+    stream_drift: Tensor | None = None
     sensitivity: Mapping[str, Tensor] | None = None
 
 
@@ -82,23 +86,27 @@ def recipe(bits: int) -> StageRecipe:
     return StageRecipe(RECIPES[bits].stages, RECIPES[bits].ratios)
 
 
-@single_threaded()  # but for what goes through ordered_map: a sum over two threads is rounded differently
-def moments(x: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over tokens of x x^T and of (x0 - x) x^T, float32 [K, K], for inputs [..., K] of one sample."""
+def moments(x: Tensor, x0: Tensor, stream: Tensor | None = None, stream0: Tensor | None = None) -> list[Tensor]:
+    """Sums over the tokens of one sample, for `mean_moments`: of x x^T and (x0 - x) x^T, float32 [K, K], for inputs
+    [..., K]; and of (stream0 - stream) x^T, float32 [N, K], for residual streams [..., N]."""
     now, then = x.flatten(0, -2).float(), x0.flatten(0, -2).float()
-    return now.T @ now, (then - now).T @ now
+    sums = [now.T @ now, (then - now).T @ now]
+    if stream is not None and stream0 is not None:
+        sums.append((stream0.float() - stream.float()).flatten(0, -2).T @ now)
+    return sums
 
 
-def mean_moments(sums: Iterable[tuple[Tensor, Tensor]], tokens: int) -> GroupStatistics:
+def mean_moments(sums: Iterable[list[Tensor]], tokens: int) -> GroupStatistics:
     """Statistics of all samples from the `moments` of each, added up in the order given."""
     each = iter(sums)
-    H, C = next(each)
-    for more_H, more_C in each:
-        H += more_H
-        C += more_C
-    return GroupStatistics(H / tokens, C / tokens)
+    total = next(each)
+    for more in each:
+        for whole, part in zip(total, more, strict=True):
+            whole += part
+    return GroupStatistics(*(whole / tokens for whole in total))
 
 
+@single_threaded()  # but for what goes through ordered_map: a sum over two threads is rounded differently
 def quantize_group(
     weights: Mapping[str, Tensor],
     biases: Mapping[str, Tensor],
@@ -110,14 +118,16 @@ def quantize_group(
 
     weights: float32 [N_i, K] by name, on one device; specs: their shapes, bits
     and blocks; biases: of those that have one, packed as they are.
-    Raises ValueError, naming the layers, for a Hessian that is not finite or does not factor and for values outside
-    the range of the scale vectors.
+    Raises ValueError, naming the layers, for weights or a Hessian that are not finite, for a Hessian that does not
+    factor and for values outside the range of the scale vectors.
     """
     names = list(weights)
     label = ", ".join(names)
     H = statistics.hessian
     if not bool(H.isfinite().all()):
         raise ValueError(f"{label}: the Hessian is not finite; look for infinite activations, or try --dtype float32")
+    if bad := [name for name, W in weights.items() if not bool(W.isfinite().all())]:
+        raise ValueError(f"{bad[0]}: its weights in the original model are not finite")
     in_blocks = specs[names[0]].in_blocks
     signs = torch.Generator().manual_seed(_seed(settings.seed, names[0]))
     targets = _corrected(weights, statistics, settings)
@@ -184,21 +194,26 @@ def output_vector(W: Tensor, sensitivity: Tensor | None, settings: Settings, sig
 
 
 def _corrected(weights: Mapping[str, Tensor], statistics: GroupStatistics, settings: Settings) -> dict[str, Tensor]:
-    """Targets W + c W E[(x0 - x) x^T] H^-1: with c = 1, the weights that best give W x0 from x (GPTAQ's aim).
+    """Targets W + (c W E[(x0 - x) x^T] + d E[(r0 - r) x^T]) H^-1, c = `correction`, d = `stream_correction`.
 
-    Taking all of it (c = 1) fits the errors of the layers before so hard that the model gets worse; half is best.
+    With c = d = 1 these are the weights that best give W x0 + r0 - r from x: the output of the original linear (GPTAQ's
+    aim), and what the stream lacks besides. All of it fits the errors of the layers before so hard
+    that the model gets worse.
     """
-    if statistics.drift is None or settings.correction == 0:
+    if statistics.drift is None or settings.correction == settings.stream_correction == 0:
         return dict(weights)
     H = statistics.hessian.clone()
     H.diagonal().add_(0.01 * H.diagonal().mean())
     C, failed = torch.linalg.cholesky_ex(H)
     if int(failed):
         raise ValueError(
-            f"{', '.join(weights)}: the Hessian is not positive definite; give more calibration tokens (--samples, --seqlen)"
+            f"{', '.join(weights)}: the Hessian is not positive definite; give more calibration tokens (--samples, "
+            f"--seqlen), or set the correction to 0"
         )
-    A = torch.cholesky_solve(statistics.drift.T, C).T  # drift H^-1
-    return {name: W + settings.correction * _times(W, A) for name, W in weights.items()}
+    missing = {name: settings.correction * _times(W, statistics.drift) for name, W in weights.items()}
+    if statistics.stream_drift is not None and len(weights) == 1:
+        missing = {name: D + settings.stream_correction * statistics.stream_drift for name, D in missing.items()}
+    return {name: W + torch.cholesky_solve(missing[name].T, C).T for name, W in weights.items()}
 
 
 def _search_scale(
@@ -273,8 +288,7 @@ def _measured(name: str, W: Tensor, target: Tensor, H: Tensor, packed: PackedWei
 
 def _unscaled(spec: LayerSpec, recipe: StageRecipe, codes: tuple[Tensor, ...]) -> Tensor:
     """cut(R_out^T C R_in), float32 [N, K]."""
-    book = Residual(recipe.stages, recipe.ratios)
-    rows = [book.decode(part).flatten(1) for part in zip(*(c.split(DECODE_ROWS) for c in codes), strict=True)]
+    rows = [recipe.decode(part).flatten(1) for part in zip(*(c.split(DECODE_ROWS) for c in codes), strict=True)]
     W = torch.cat([rotate(part, spec.in_blocks)[:, : spec.in_features] for part in rows])
     return rotate(W.T, spec.out_blocks).T[: spec.out_features].contiguous()
 

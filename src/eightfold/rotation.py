@@ -15,8 +15,12 @@ from torch import Tensor
 
 IN_FLOOR, OUT_FLOOR = 64, 16  # least block on each side: a decode tile is 16 rows by 64 columns
 MAX_BLOCK = 32768
-_EQUAL = {"equal": MAX_BLOCK, **{f"equal-{1 << k}": 1 << k for k in range(6, 15)}}  # layout -> its largest block
-LAYOUTS = ("pow2-sum", "pow2", *_EQUAL, "full")
+_CAPS = {
+    "": MAX_BLOCK,
+    **{f"-{1 << k}": 1 << k for k in range(6, 15)},
+}  # what a layout's name may end in: largest block
+_SUM, _EQUAL = ({f"{kind}{end}": cap for end, cap in _CAPS.items()} for kind in ("pow2-sum", "equal"))
+LAYOUTS = (*_SUM, "pow2", *_EQUAL, "full")
 _STEP = 6  # a Hadamard matrix of order 2^k is applied as Kronecker factors of at most 2^6
 
 
@@ -89,7 +93,8 @@ def _hartley(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def layout_blocks(size: int, layout: str, floor: int, shards: int = 1) -> tuple[int, ...]:
     """Blocks of a dimension of `size` that never cross the border of one of `shards` equal parts.
 
-    pow2-sum: the binary expansion of a part, largest first. pow2: one padded power of two (no shards).
+    pow2-sum, pow2-sum-C: as many blocks of C as fit in a part, then the binary expansion of the rest, largest first.
+    pow2: one padded power of two (no shards).
     equal, equal-C: the largest power of two (up to C) that divides the part. full: one block a part (odd factor and all).
     Parts are padded up to a multiple of `floor` (only a dimension that is not sharded may need it).
     Raises ValueError for an unknown layout or parts that do not fit.
@@ -99,8 +104,9 @@ def layout_blocks(size: int, layout: str, floor: int, shards: int = 1) -> tuple[
             f"expected a size that splits into {shards} parts of a multiple of {floor}, got {size}: lower tp_max"
         )
     part = -(-(size // shards) // floor) * floor
-    if layout == "pow2-sum":
-        return tuple(1 << k for k in reversed(range(part.bit_length())) if part >> k & 1) * shards
+    if cap := _SUM.get(layout):
+        rest = part % cap
+        return ((cap,) * (part // cap) + tuple(1 << k for k in reversed(range(15)) if rest >> k & 1)) * shards
     if layout == "pow2" and shards == 1:
         return (max(1 << (size - 1).bit_length(), floor),)
     if cap := _EQUAL.get(layout):

@@ -18,7 +18,7 @@ from eightfold.e8p import Codebook, codebook
 PATHS = 2  # sums of codes that `encode` follows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Residual:
     """Stages of codebooks with their ratios.
 
@@ -36,6 +36,11 @@ class Residual:
     def bits(self) -> int:
         """Nominal bits a weight."""
         return sum(c.bits for c in self.codebooks) // 8
+
+    @property
+    def code_dtypes(self) -> tuple[torch.dtype, ...]:
+        """One dtype of codes per stage."""
+        return tuple(c.dtype for c in self.codebooks)
 
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         """Codes of x float32 [..., 8], one tensor [...] per stage.

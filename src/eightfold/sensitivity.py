@@ -15,7 +15,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from eightfold.model import Decoder
+from eightfold.model import Decoder, check_finite
 from eightfold.parallel import ordered_map, workers_for
 
 POSITIONS = 128  # positions whose logits are held at once
@@ -27,15 +27,21 @@ def output_sensitivity(decoder: Decoder, windows: Tensor, seed: int, advance: Ad
     """Mean squared gradients of the loss at the outputs of every linear of the layers, float32 [N] on the CPU, by name.
 
     windows: long [S, T]. `advance` is told of every layer pass done over all windows (2 * layers + 1 of them). The same
-    windows and seed give the same bits, whatever the number of threads.
+    windows and seed give the same bits, whatever the number of threads. Raises ValueError, naming layer and window, for
+    hidden states that are not finite.
     """
     device, layers = decoder.device, range(len(decoder.layer_names))
     workers = workers_for(device)
     hidden: list[list[Tensor]] = [[decoder.prologue(w).cpu() for w in windows]]
     for i in layers:
         layer = decoder.load_layer(i)
-        forward = lambda x, i=i, layer=layer: decoder.call(i, layer, x.to(device)).detach().cpu()  # noqa: E731
-        hidden.append(list(ordered_map(forward, hidden[-1], workers)))
+
+        def forward(job: tuple[int, Tensor], i: int = i, layer: nn.Module = layer) -> Tensor:
+            out = decoder.call(i, layer, job[1].to(device)).detach()
+            check_finite(out, decoder.layer_names[i], job[0])
+            return out.cpu()
+
+        hidden.append(list(ordered_map(forward, enumerate(hidden[-1]), workers)))
         advance(1)
     top = lambda s: _loss_gradient(decoder, hidden[-1][s].to(device), seed + s)  # noqa: E731
     gradients = list(ordered_map(top, range(len(windows)), workers))

@@ -65,11 +65,16 @@ def largest_tp(config: Any, shapes: dict[str, tuple[int, int]], layout: str) -> 
     return next(size for size in SIZES if size == 1 or _fits(config, shapes, layout, size))
 
 
-def _fits(config: Any, shapes: dict[str, tuple[int, int]], layout: str, size: int) -> bool:
+def check_heads(config: Any, size: int) -> None:
+    """Raise ValueError unless the attention heads split into `size` parts, key and value heads by parts or copies."""
     heads, kv_heads = getattr(config, "num_attention_heads", size), getattr(config, "num_key_value_heads", None) or size
     if heads % size or (kv_heads % size and size % kv_heads):
-        return False
+        raise ValueError(f"expected a tp_max that splits {heads} heads and {kv_heads} key heads, got {size}")
+
+
+def _fits(config: Any, shapes: dict[str, tuple[int, int]], layout: str, size: int) -> bool:
     try:
+        check_heads(config, size)
         for name, shape in shapes.items():
             linear_blocks(config, name, shape, layout, size)
     except ValueError:
