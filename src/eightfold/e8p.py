@@ -9,6 +9,7 @@ docs/format.md. All tables are computed here; nothing is stored but the choice o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cache
 from itertools import product
 
@@ -40,7 +41,7 @@ class Codebook(ABC):
     dtype: torch.dtype
 
     def candidates(self, x: Tensor) -> Tensor:
-        """Codes near x [..., 8] that are worth a try where later stages code the rest: [C, ...], C the same for all x."""
+        """Codes near x [..., 8] that are worth a try where later stages code the rest: [C, ...], C of them for each."""
         return self.encode(x)[None]
 
     @abstractmethod
@@ -196,7 +197,7 @@ def _e8p_points() -> Tensor:
 
 @cache
 def _e81b_points() -> Tensor:
-    """Even-sum integer vectors of squared norm <= 2, even-sum {-1/2, 1/2}^8, then +2 e_0 .. +2 e_7, -2 e_0 .. -2 e_6."""
+    """Even-sum integer vectors of squared norm <= 2, even-sum {-1/2, 1/2}^8, +2 e_0 .. +2 e_7, -2 e_0 .. -2 e_6."""
     unit = torch.eye(8, dtype=torch.int64)
     i, j = torch.triu_indices(8, 8, 1)
     pairs = torch.cat([a * unit[i] + b * unit[j] for a in (-1, 1) for b in (-1, 1)])
@@ -266,6 +267,6 @@ _KIND_TABLES = (_kinds, _kind_digits, _kind_half_norms, _kind_odd, _powers, _pat
 
 
 @cache
-def _on_device(table, device: torch.device) -> Tensor:
+def _on_device(table: Callable[[], Tensor], device: torch.device) -> Tensor:
     """One copy of a table per device; the first use on a device makes it."""
     return table().to(device)

@@ -166,7 +166,7 @@ class Decoder:
         return self._run(replace, inputs_embeds=hidden).logits.float()
 
     def head_input(self, name: str, hidden: Tensor) -> Tensor:
-        """What linear `name` after the layers (lm_head) gets, [1, T, K], for the last layer's hidden states [1, T, D]."""
+        """What linear `name` after the layers (lm_head) gets, [1, T, K], for the last hidden states [1, T, D]."""
         linear = self._model.get_submodule(name)
 
         def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -367,7 +367,7 @@ class Decoder:
 
 
 def check_finite(x: Tensor, layer: str, first: int) -> None:
-    """Raise ValueError, naming `layer` and the sample, if `x` [B, ...] (samples `first` and following) is not finite."""
+    """Raise ValueError, naming `layer` and the sample, if `x` [B, ...] (samples `first` and on) is not finite."""
     finite = x.isfinite().flatten(1).all(1)
     if not bool(finite.all()):
         sample = first + int((~finite).nonzero()[0])

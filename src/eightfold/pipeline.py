@@ -23,7 +23,6 @@ from eightfold.quantize import GroupStatistics, Quantized, mean_moments, moments
 from eightfold.sensitivity import output_sensitivity
 from eightfold.stream import Tap, find_receiver
 
-
 BATCH_TOKENS = 16384  # tokens of one forward on a GPU
 
 

@@ -26,7 +26,7 @@ from eightfold.rvq import RECIPES
 from eightfold.tensor_parallel import check_heads, cut_side, largest_tp, linear_blocks
 
 EVAL_SEQLEN = 1024
-DEFAULT_LAYOUT = "pow2-sum"
+DEFAULT_LAYOUT = "pow2-sum-256"
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,9 +230,7 @@ def _texts(folder: ModelFolder, request: Request) -> tuple[Tensor, Tensor, dict[
     tokenizer = AutoTokenizer.from_pretrained(folder.path)
     longest = getattr(folder.config, "max_position_embeddings", None) or request.seqlen
     seqlen = min(request.seqlen, longest)
-    windows, origin = calibration.tokens(
-        request.calibration, tokenizer, request.samples, seqlen, request.settings.seed
-    )
+    windows, origin = calibration.tokens(request.calibration, tokenizer, request.samples, seqlen, request.settings.seed)
     held_out = calibration.windows(request.eval_text, tokenizer, min(EVAL_SEQLEN, seqlen), limit=request.eval_windows)
     return windows, held_out, origin
 

@@ -25,7 +25,7 @@ from eightfold.parallel import ordered_map, single_threaded, workers_for
 from eightfold.rotation import rotate
 from eightfold.rvq import RECIPES, SCALES, Residual
 
-ROWS = 256  # rows of one piece of LDLQ, or of a product, on the CPU: fixed, so that results do not depend on the number of threads
+ROWS = 256  # rows of one piece of work on the CPU: fixed, so that results do not depend on the number of threads
 DECODE_ROWS = 4096  # rows decoded at once: bounds the memory of `dequantize`
 
 
@@ -35,9 +35,9 @@ class Settings:
 
     `in_exponent`: input channel j is divided by rms(W[:, j])**in_exponent. `out_exponent`: output channel n is divided
     by (rms(W[n]) / rms(gradient of the loss at output n))**out_exponent. `damping`: added to the Hessian's diagonal, as
-    a share of its mean. `correction`, `stream_correction`: share of the upstream error, at the input and in the residual
-    stream, that the target weights make good (0: none).
-    `multipliers`: the scales tried, relative to the Gaussian optimum, on `search_rows` rows.
+    a share of its mean. `correction`, `stream_correction`: share of the upstream error, at the input and in the
+    residual stream, that the target weights make good (0: none). `multipliers`: the scales tried, relative to the
+    Gaussian optimum, on `search_rows` rows.
     """
 
     in_exponent: float = 0.5
@@ -103,7 +103,8 @@ def mean_moments(sums: Iterable[list[Tensor]], tokens: int) -> GroupStatistics:
     for more in each:
         for whole, part in zip(total, more, strict=True):
             whole += part
-    return GroupStatistics(*(whole / tokens for whole in total))
+    hessian, drift, *stream = (whole / tokens for whole in total)
+    return GroupStatistics(hessian, drift, stream[0] if stream else None)
 
 
 @single_threaded()  # but for what goes through ordered_map: a sum over two threads is rounded differently

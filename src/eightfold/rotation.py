@@ -20,13 +20,13 @@ _CAPS = {
     **{f"-{1 << k}": 1 << k for k in range(6, 15)},
 }  # what a layout's name may end in: largest block
 _SUM, _EQUAL = ({f"{kind}{end}": cap for end, cap in _CAPS.items()} for kind in ("pow2-sum", "equal"))
-LAYOUTS = (*_SUM, "pow2", *_EQUAL, "full")
+LAYOUTS = (*_SUM, "pow2", *_EQUAL)
 _STEP = 6  # a Hadamard matrix of order 2^k is applied as Kronecker factors of at most 2^6
 
 
 def valid_block(size: int) -> bool:
-    """Whether a rotation block may have this size."""
-    return 1 <= size <= MAX_BLOCK * 2
+    """Whether a rotation block may have this size: a power of two up to MAX_BLOCK."""
+    return 1 <= size <= MAX_BLOCK and size.bit_count() == 1
 
 
 def rotate(x: Tensor, blocks: Sequence[int]) -> Tensor:
@@ -56,12 +56,7 @@ def run_lengths(blocks: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _rotate_block(x: Tensor) -> Tensor:
-    shape, size = x.shape, x.shape[-1]
-    power = (size & -size).bit_length() - 1
-    odd = size >> power
-    if odd > 1:
-        x = torch.einsum("ij,...jb->...ib", _hartley(odd, x.dtype, x.device), x.unflatten(-1, (odd, size // odd)))
-        x = x.reshape(shape)
+    shape, power = x.shape, x.shape[-1].bit_length() - 1
     inner = 1
     while power > 0:
         step = min(power, _STEP)
@@ -82,20 +77,12 @@ def _hadamard(power: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return (h / 2 ** (power / 2)).to(device, dtype)
 
 
-@cache
-def _hartley(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """cas(2 pi i j / m) / sqrt(m): orthogonal and symmetric for every order m."""
-    index = torch.arange(order, dtype=torch.float64)
-    angle = index[:, None] * index % order * (2 * torch.pi / order)
-    return ((angle.cos() + angle.sin()) / order**0.5).to(device, dtype)
-
-
 def layout_blocks(size: int, layout: str, floor: int, shards: int = 1) -> tuple[int, ...]:
     """Blocks of a dimension of `size` that never cross the border of one of `shards` equal parts.
 
     pow2-sum, pow2-sum-C: as many blocks of C as fit in a part, then the binary expansion of the rest, largest first.
     pow2: one padded power of two (no shards).
-    equal, equal-C: the largest power of two (up to C) that divides the part. full: one block a part (odd factor and all).
+    equal, equal-C: the largest power of two (up to C) that divides the part.
     Parts are padded up to a multiple of `floor` (only a dimension that is not sharded may need it).
     Raises ValueError for an unknown layout or parts that do not fit.
     """
@@ -112,6 +99,4 @@ def layout_blocks(size: int, layout: str, floor: int, shards: int = 1) -> tuple[
     if cap := _EQUAL.get(layout):
         block = min(part & -part, cap)
         return (block,) * (part // block * shards)
-    if layout == "full":
-        return (part,) * shards
     raise ValueError(f"expected a layout out of {LAYOUTS}, got {layout!r} with {shards} shards")

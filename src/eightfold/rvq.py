@@ -14,7 +14,6 @@ from torch import Tensor
 
 from eightfold.e8p import Codebook, codebook
 
-
 PATHS = 2  # sums of codes that `encode` follows
 
 
@@ -45,7 +44,7 @@ class Residual:
     def encode(self, x: Tensor) -> tuple[Tensor, ...]:
         """Codes of x float32 [..., 8], one tensor [...] per stage.
 
-        One stage: the nearest point. More: all stages but the last offer candidates (for E8P the nearest point of either
+        One stage: the nearest point. More: all but the last offer candidates (for E8P the nearest point of either
         shift), the PATHS sums that leave least go on, and the best at the end wins. Against taking the nearest point
         stage by stage this wins 0.2 dB at 4 bits and 1 dB at 8 on the Gaussian source.
         """
@@ -60,7 +59,7 @@ class Residual:
         return tuple(c[0] for c in codes)
 
     def decode(self, codes: Sequence[Tensor]) -> Tensor:
-        """Sum of the stages: float32 [..., 8]. Adds in the order of the stages, so the result is the same everywhere."""
+        """Sum of the stages: float32 [..., 8]. Adds in the order of the stages: the result is the same everywhere."""
         parts = [ratio * book.decode(c) for book, ratio, c in zip(self.codebooks, self.ratios, codes, strict=True)]
         return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 

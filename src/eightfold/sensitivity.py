@@ -76,7 +76,7 @@ def _loss_gradient(decoder: Decoder, hidden: Tensor, seed: int) -> Tensor:
 
 
 class _Backward:
-    """The backward of one layer for one window: gradient at its input, and squared gradients at its linears' outputs."""
+    """The backward of one layer for one window: gradient at its input, squared gradients at its linears' outputs."""
 
     def __init__(self, decoder: Decoder, i: int, layer: nn.Module) -> None:
         self.decoder, self.i, self.layer = decoder, i, layer

@@ -54,6 +54,7 @@ class Tap:
             raise ValueError(
                 f"{self.decoder.layer_names[self.i]}.{self.linear}: its forward took another way this time"
             )
+        assert here.y is not None
         return here.x, None if here.sum is None else here.sum - here.y
 
     def _linear_hook(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
