@@ -1,0 +1,144 @@
+"""What a checkpoint holds, from its config.json, its safetensors headers and its manifest: no weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from eightfold.checkpoint import MANIFEST
+from eightfold.files import read_json
+from eightfold.folder import ModelFolder
+from eightfold.format import CheckpointError, LayerSpec, QuantConfig, bias_bytes, code_bytes, stored_bits, vector_bytes
+from eightfold.rotation import run_lengths
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFacts:
+    """One quantized linear. Bytes: of codes, scale vectors and bias, as the format says and as the files have them.
+
+    `in_blocks`, `out_blocks`: rotation blocks as (size, count). Losses from the manifest, None without one.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    bits: int
+    stored_bits: float
+    in_blocks: list[tuple[int, int]]
+    out_blocks: list[tuple[int, int]]
+    bytes_predicted: int
+    bytes_measured: int
+    proxy_loss: float | None
+    sqnr_db: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """A checkpoint. `other_bytes`: of all tensors that are not quantized; `file_bytes`: of the weight files."""
+
+    path: Path
+    config: QuantConfig
+    layers: list[LayerFacts]
+    other_bytes: int
+    file_bytes: int
+
+    @property
+    def weights(self) -> int:
+        """Original weights of the quantized linears."""
+        return sum(layer.out_features * layer.in_features for layer in self.layers)
+
+    @property
+    def bits(self) -> float:
+        """Nominal bits a weight, the mean over weights."""
+        return sum(layer.bits * layer.out_features * layer.in_features for layer in self.layers) / self.weights
+
+    @property
+    def stored_bits(self) -> float:
+        """Stored bits per original weight of the quantized linears, biases left out."""
+        return stored_bits(self.config.layers.values(), self.config.scale_dtype)
+
+    @property
+    def bytes_predicted(self) -> int:
+        """Of the quantized linears."""
+        return sum(layer.bytes_predicted for layer in self.layers)
+
+    @property
+    def bytes_measured(self) -> int:
+        """Of the quantized linears."""
+        return sum(layer.bytes_measured for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "path": str(self.path),
+            "format_version": self.config.format_version,
+            "tp_max": self.config.tp_max,
+            "scale_dtype": self.config.scale_dtype,
+            "total": {
+                "linears": len(self.layers),
+                "weights": self.weights,
+                "bits": self.bits,
+                "stored_bits": self.stored_bits,
+                "bytes_predicted": self.bytes_predicted,
+                "bytes_measured": self.bytes_measured,
+                "other_bytes": self.other_bytes,
+                "file_bytes": self.file_bytes,
+            },
+            "layers": [asdict(layer) for layer in self.layers],
+            "recipes": self.config.to_dict()["recipes"],
+            "provenance": self.config.provenance,
+        }
+
+
+def inspect(path: str | Path) -> Inspection:
+    """Read what `path` says of itself. Raises CheckpointError where that is not an eightfold checkpoint."""
+    folder = quantized_folder(path)
+    config = folder.quantization
+    assert config is not None
+    measured = dict.fromkeys(config.layers, 0)
+    others = 0
+    for name, info in folder.tensors.items():
+        owner = name.rpartition(".")[0]
+        if owner in measured:
+            measured[owner] += info.nbytes
+        else:
+            others += info.nbytes
+    losses = _losses(folder.path)
+    layers = [_facts(name, spec, config, measured[name], losses.get(name, {})) for name, spec in config.layers.items()]
+    files = {info.file for info in folder.tensors.values()}
+    return Inspection(folder.path, config, layers, others, sum(file.stat().st_size for file in files))
+
+
+def quantized_folder(path: str | Path) -> ModelFolder:
+    """The checkpoint in a local folder. Raises CheckpointError for anything else."""
+    if not Path(path).is_dir():
+        raise CheckpointError(f"{path}: expected the folder of an eightfold checkpoint, there is no such folder")
+    folder = ModelFolder(path)
+    if folder.quantization is None:
+        raise CheckpointError(f"{path}: expected an eightfold checkpoint, its config.json has no quantization_config")
+    return folder
+
+
+def _facts(name: str, spec: LayerSpec, config: QuantConfig, measured: int, losses: dict[str, Any]) -> LayerFacts:
+    return LayerFacts(
+        name=name,
+        out_features=spec.out_features,
+        in_features=spec.in_features,
+        bits=spec.bits,
+        stored_bits=stored_bits(spec, config.scale_dtype),
+        in_blocks=run_lengths(spec.in_blocks),
+        out_blocks=run_lengths(spec.out_blocks),
+        bytes_predicted=code_bytes(spec) + vector_bytes(spec, config.scale_dtype) + bias_bytes(spec),
+        bytes_measured=measured,
+        proxy_loss=losses.get("proxy_loss"),
+        sqnr_db=losses.get("sqnr_db"),
+    )
+
+
+def _losses(path: Path) -> dict[str, dict[str, Any]]:
+    """Losses by linear from the manifest, which a copy that transformers saved does not have."""
+    if not (path / MANIFEST).is_file():
+        return {}
+    records = read_json(path / MANIFEST).get("layers", [])
+    return {name: losses for record in records for name, losses in record.get("linears", {}).items()}
