@@ -25,7 +25,8 @@ def test_encode_is_exact(name: str, scale: float) -> None:
     book = codebook(name)
     x = torch.randn(5000, 8, generator=torch.Generator().manual_seed(1)) * scale
     codes = book.encode(x.cuda())
-    assert codes.is_cuda and codes.dtype == book.dtype
+    assert codes.is_cuda
+    assert codes.dtype == book.dtype
     points = book.points().cuda().double()
     nearest = torch.cat([torch.cdist(part, points).amin(1) for part in x.cuda().double().split(500)])
     found = (x.cuda().double() - book.decode(codes).double()).norm(dim=1)

@@ -16,7 +16,6 @@ from eightfold.folder import ModelFolder
 from eightfold.format import CheckpointError, LayerSpec, PackedWeight, QuantConfig, StageRecipe
 from eightfold.linear import QuantLinear
 from eightfold.model import Decoder, check_finite
-from eightfold.parallel import ordered_map
 from eightfold.skeleton import fill_computed_buffers, layer_list
 
 CPU = torch.device("cpu")
