@@ -27,7 +27,7 @@ from eightfold.pipeline import quantize_model
 from eightfold.preflight import DEFAULT_LAYOUT, Request, make_plan
 from eightfold.quantize import Settings
 
-LAYOUTS = ("pow2-sum", "equal-64", "equal-128", "equal-256", "full", "pow2")
+LAYOUTS = ("pow2-sum-256", "pow2-sum", "equal-64", "equal-256", "pow2")
 # What the reference model must show: stored bits at most, ratio at most, the aim.
 REQUIRED = {2: (2.15, 1.175, 1.11), 3: (3.15, 1.032, 1.019), 4: (4.15, 1.0040, 1.003)}
 

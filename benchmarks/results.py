@@ -1,4 +1,4 @@
-"""Append what a benchmark measured to benchmarks/results/NAME.jsonl: one line per run, with machine, versions, commit."""
+"""Append what a benchmark measured to benchmarks/results/NAME.jsonl: one line a run, with machine, versions, commit."""
 
 from __future__ import annotations
 

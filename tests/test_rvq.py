@@ -13,6 +13,7 @@ from eightfold.e8p import codebook
 from eightfold.rvq import RECIPES, SCALES, Residual
 
 FLOORS = {2: 10.38, 3: 15.26, 4: 20.82, 5: 25.8, 6: 31.1, 7: 35.8, 8: 41.0}
+REACHED = {2: 10.39, 3: 15.39, 4: 21.00, 5: 26.15, 6: 31.55, 7: 36.56, 8: 42.17}  # on this sample
 RATES = pytest.mark.parametrize("bits", list(RECIPES))
 
 
@@ -33,6 +34,7 @@ def test_sqnr_on_the_gaussian_source(bits: int) -> None:
     standard_error = 10 / math.log(10) * float(error.std() / error.mean()) / math.sqrt(len(x))
     assert standard_error < 0.08  # or the next line would say nothing
     assert sqnr > FLOORS[bits] - 2 * standard_error
+    assert sqnr > REACHED[bits] - 0.03
 
 
 @RATES

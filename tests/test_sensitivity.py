@@ -79,6 +79,14 @@ def test_the_number_of_threads_does_not_matter(model_folder) -> None:
         assert torch.equal(squares, found[1][name]), name
 
 
+def test_few_logits_are_held_at_once(model_folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensitivity, "POSITIONS", 16)
+    epilogue, lengths = Decoder.epilogue, set()
+    monkeypatch.setattr(Decoder, "epilogue", lambda self, x: lengths.add(x.shape[1]) or epilogue(self, x))
+    run(model_folder("llama-tied"), WINDOWS[:1])
+    assert lengths == {16, 8}
+
+
 def test_the_seed_draws_the_labels(model_folder) -> None:
     folder = model_folder("llama-tied")
     one, other = run(folder, WINDOWS[:1], 7), run(folder, WINDOWS[:1], 8)
