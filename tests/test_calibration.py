@@ -122,3 +122,11 @@ def test_every_window_begins_as_texts_do(alphabet):
 def test_evaluation_windows_in_order(alphabet):
     assert windows(alphabet, Letters(), 30).tolist() == [list(range(a, a + 30)) for a in (1000, 1030, 1060)]
     assert len(windows(alphabet, Letters(), 30, limit=2)) == 2
+
+
+def test_several_sources_in_their_order(tmp_path):
+    (tmp_path / "b.txt").write_text("second", encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text('{"text": "first"}\n{"text": "then"}\n', encoding="utf-8")
+    assert load_texts([tmp_path / "a.jsonl", str(tmp_path / "b.txt")]) == ["first", "then", "second"]
+    with pytest.raises(ValueError, match=r"c\.txt: expected a text file"):
+        load_texts((tmp_path / "b.txt", tmp_path / "c.txt"))

@@ -16,13 +16,25 @@ from eightfold import bundled
 SUFFIXES = (".txt", ".jsonl")
 
 
-def load_texts(source: str | Path | None) -> list[str]:
-    """The texts of a text file (one), a .jsonl (its fields "text"), or a folder of such in name order.
+Source = str | Path | Sequence[str | Path] | None
+
+
+def load_texts(source: Source) -> list[str]:
+    """The texts of a text file (one), a .jsonl (its fields "text"), a folder of such in name order, or of several.
 
     None stands for the bundled calibration text. Raises ValueError for a source without text, a file that is
     not UTF-8, and a line that is not a JSON object with a string "text", naming the file and the line.
     """
-    path = bundled.calibration_text() if source is None else Path(source)
+    return [text for path in _paths(source) for text in _path_texts(path)]
+
+
+def _paths(source: Source) -> list[Path]:
+    if source is None:
+        return [bundled.calibration_text()]
+    return [Path(source)] if isinstance(source, str | Path) else [Path(path) for path in source]
+
+
+def _path_texts(path: Path) -> list[str]:
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
         texts = [text for file in files for text in _file_texts(file)]
@@ -36,7 +48,7 @@ def load_texts(source: str | Path | None) -> list[str]:
     return texts
 
 
-def token_stream(source: str | Path | None, tokenizer: Any) -> Tensor:
+def token_stream(source: Source, tokenizer: Any) -> Tensor:
     """The tokens of all texts in a row, long [L], without special tokens but an end-of-text between texts."""
     parts: list[int] = []
     for text in load_texts(source):
@@ -46,9 +58,7 @@ def token_stream(source: str | Path | None, tokenizer: Any) -> Tensor:
     return torch.tensor(parts, dtype=torch.long, device="cpu")
 
 
-def tokens(
-    source: str | Path | None, tokenizer: Any, samples: int, seqlen: int, seed: int
-) -> tuple[Tensor, dict[str, Any]]:
+def tokens(source: Source, tokenizer: Any, samples: int, seqlen: int, seed: int) -> tuple[Tensor, dict[str, Any]]:
     """`samples` random windows of the token stream, long [samples, seqlen], and where they came from (JSON).
 
     Windows do not overlap where the text is long enough, and never start at the same place. Where the
@@ -72,7 +82,7 @@ def tokens(
         begin = torch.randperm(starts, generator=random)[:samples]
     result = _with_beginning(stream[begin[:, None] + torch.arange(length)], bos)
     return result, {
-        "source": "bundled" if source is None else Path(source).name,
+        "source": "bundled" if source is None else ", ".join(path.name for path in _paths(source)),
         "sha256": tokens_sha256(result),
         "samples": samples,
         "seqlen": seqlen,
@@ -81,7 +91,7 @@ def tokens(
     }
 
 
-def windows(source: str | Path | None, tokenizer: Any, seqlen: int, limit: int | None = None) -> Tensor:
+def windows(source: Source, tokenizer: Any, seqlen: int, limit: int | None = None) -> Tensor:
     """The token stream cut into windows that do not overlap, long [W, seqlen], the first `limit` of them.
 
     The rest that fills no window is left out. Where the tokenizer begins every text with a token, so does

@@ -110,7 +110,12 @@ def _add_quantize(parser: ArgumentParser) -> None:
     add("model", metavar="MODEL", help="a model folder, or a model's id on the Hugging Face hub")
     add("out", metavar="OUT", help="the folder to make")
     add("--bits", type=int, choices=range(2, 9), required=True, metavar="2..8", help="nominal bits per weight")
-    add("--calibration", metavar="PATH", help="text file, .jsonl or folder of these (default: the bundled text)")
+    add(
+        "--calibration",
+        nargs="+",
+        metavar="PATH",
+        help="text files, .jsonl, folders of these (default: the bundled text)",
+    )
     add("--samples", type=_count, default=128, metavar="N", help="windows of calibration text (default: %(default)s)")
     add("--seqlen", type=_count, default=2048, metavar="N", help="tokens of a window (default: %(default)s)")
     add("--seed", type=int, default=0, help="of windows and signs (default: %(default)s)")

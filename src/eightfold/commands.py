@@ -194,7 +194,7 @@ def _request(options: Namespace) -> Request:
         model=options.model,
         out=options.out,
         bits=options.bits,
-        calibration=options.calibration,
+        calibration=tuple(options.calibration) if options.calibration else None,
         samples=options.samples,
         seqlen=options.seqlen,
         device=options.device,

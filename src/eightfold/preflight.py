@@ -37,7 +37,7 @@ class Request:
     model: str
     out: str
     bits: int
-    calibration: str | None = None
+    calibration: str | tuple[str, ...] | None = None
     samples: int = 128
     seqlen: int = 2048
     device: str = "auto"
