@@ -90,8 +90,10 @@ def test_runs_on_several_threads():
 
 def test_interrupt_ends_it():
     code = (
-        "import time\n"
+        "import signal, time\n"
         "from eightfold.parallel import ordered_map\n"
+        # Shells start background jobs with SIGINT ignored, and the tests may be one.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "print('ready', flush=True)\n"
         "list(ordered_map(lambda x: time.sleep(0.1), range(100_000), workers=2))\n"
     )

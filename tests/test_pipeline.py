@@ -146,6 +146,15 @@ def test_every_group_is_quantized_for_the_inputs_it_will_get(
         assert torch.allclose(statistics.hessian, H, rtol=0, atol=1e-4 * float(H.abs().max()))
         assert statistics.drift is not None
         assert torch.allclose(statistics.drift, C, rtol=0, atol=1e-4 * float(H.abs().max()))
+        prefix, _, own = names[0].removesuffix("_proj").rpartition(".")
+        norm = {"o": "input_layernorm", "down": "post_attention_layernorm"}.get(own) if kind == "qwen2" else None
+        if norm is None:  # its output goes elsewhere, or (Gemma 3) through a norm first
+            assert statistics.stream_drift is None
+        else:  # what the norm before the branch reads is what the branch adds to
+            r0, r = (_inputs(m, f"{prefix.rpartition('.')[0]}.{norm}", plan.windows) for m in (original, model))
+            D = (r0 - r).T @ x / len(x)
+            assert statistics.stream_drift is not None
+            assert torch.allclose(statistics.stream_drift, D, rtol=0, atol=1e-4 * float(H.abs().max()))
         for name, weight in found.items():
             model.get_submodule(name).weight.data = weight
     assert sum(s.drift is not None and float(s.drift.abs().max()) > 0.01 for _, s, _ in seen) > len(seen) / 2
@@ -258,3 +267,13 @@ def test_a_disk_without_room(model_folder, tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ValueError, match="bytes free"):
         quantize_model(plan, Silent())
     assert not partial_path(tmp_path / "out").exists()
+
+
+def test_another_torch_or_device_is_another_result(
+    model_folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(small_request(model_folder("llama-tied"), tmp_path / "out"))
+    fingerprint = pipeline._fingerprint(plan, plan.config)
+    assert fingerprint["device"] == "cpu"
+    monkeypatch.setattr(torch, "__version__", "0.0.1")
+    assert pipeline._fingerprint(plan, plan.config) != fingerprint

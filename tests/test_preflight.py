@@ -153,6 +153,9 @@ def test_tp_max(model_folder, tmp_path: Path) -> None:
     assert auto.config.tp_max == 1
     without = small_request(folder, tmp_path / "out", exclude=("*.mlp.*",), include=("lm_head",))
     assert make_plan(without).config.tp_max == 2
+    # The head has no say: Mistral's 136 hidden values do not split, and only the head would have to.
+    head = small_request(model_folder("mistral"), tmp_path / "out", exclude=("*.mlp.*",), include=("lm_head",))
+    assert make_plan(head).config.tp_max == 2
     with pytest.raises(ValueError, match=r"down_proj: .*lower tp_max"):
         make_plan(small_request(folder, tmp_path / "out", tp_max=2))
     with pytest.raises(ValueError, match="expected a tp_max that splits 4 heads and 2 key heads, got 3"):

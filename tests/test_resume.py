@@ -90,6 +90,7 @@ def test_killed_at_every_step(worker: Worker, model: Path, expected: dict[str, b
     )
     assert {"phase writing", "phase evaluating", "phase generating", "generating 1"} <= set(seen)
     assert {"rename 00000.safetensors", "rename 00001.json", "rename state.json", "rename out"} <= set(seen)
+    assert "layers 2" not in seen  # the second layer was on disk before: then nothing is walked again
     assert files_of(out) == expected
     assert not partial_path(out).exists()
 
