@@ -72,6 +72,14 @@ def test_dry_run_touches_nothing(run, source, tmp_path, small):
     assert not list(tmp_path.iterdir())
 
 
+def test_wider_scale_vectors_are_stored_and_counted(run, source, tmp_path, small):
+    stored = {}
+    for dtype in ("float16", "float32"):
+        settings = ("--bits", 4, *small, "--scale-dtype", dtype, "--dry-run", "--json")
+        stored[dtype] = json.loads(run("quantize", source, tmp_path / "q", *settings)[1])["plan"]["stored_bits"]
+    assert stored["float32"] > stored["float16"] > 4
+
+
 def test_failed_gate(run, source, tmp_path, small):
     out = tmp_path / "q"
     settings = ("--exclude", "*.mlp.*", "--tp-max", 1, "--max-ratio", "0.5")

@@ -15,7 +15,8 @@ from safetensors import safe_open
 from small import files_of, small_request
 
 from eightfold.checkpoint import Workspace, assemble
-from eightfold.preflight import Plan, check_room, choose_dtype, make_plan
+from eightfold.model import LinearInfo
+from eightfold.preflight import Plan, _choose, check_room, choose_dtype, make_plan
 
 
 @pytest.fixture(autouse=True)
@@ -144,6 +145,16 @@ def test_include_and_exclude(model_folder, tmp_path: Path) -> None:
         name for name in every if ".1." in name and "q_proj" not in name
     }
     assert chosen(exclude=("*.layers.[0]*",)) == {name for name in every if ".1." in name}
+
+
+def test_other_linears_outside_the_layers_are_refused(tmp_path: Path) -> None:
+    linears = {"model.project_in": LinearInfo(128, 64, False, None), "model.layers.0.q": LinearInfo(128, 128, False, 0)}
+    linears["lm_head"] = LinearInfo(4096, 128, False, None)
+    every = small_request(tmp_path, tmp_path / "out", include=("*",))
+    with pytest.raises(ValueError, match=r"^model\.project_in: only linears of decoder layers and the head"):
+        _choose(linears, "lm_head", every)
+    head = small_request(tmp_path, tmp_path / "out", include=("lm_head",))
+    assert list(_choose(linears, "lm_head", head)) == ["model.layers.0.q", "lm_head"]
 
 
 def test_tp_max(model_folder, tmp_path: Path) -> None:

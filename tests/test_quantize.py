@@ -292,7 +292,7 @@ def test_a_group_that_no_token_reached() -> None:
 @pytest.mark.parametrize("scale", [1e7, 1e-9])
 def test_weights_outside_the_range_of_float16(scale: float) -> None:
     W, statistics = normal(32, 64), GroupStatistics(hessian(64))
-    with pytest.raises(ValueError, match=r"^a.*float16's range: try scale_dtype float32"):
+    with pytest.raises(ValueError, match=r"^a.*float16's range: try --scale-dtype float32"):
         quantize(W * scale, statistics)
     found = quantize(W * scale, statistics, replace(ONE, scale_dtype="float32"))
     assert found.packed.scale_in.dtype == found.packed.scale_out.dtype == torch.float32

@@ -120,6 +120,12 @@ def _add_quantize(parser: ArgumentParser) -> None:
     add("--seqlen", type=_count, default=2048, metavar="N", help="tokens of a window (default: %(default)s)")
     add("--seed", type=int, default=0, help="of windows and signs (default: %(default)s)")
     add("--layout", help="rotation blocks: pow2-sum-C, pow2-sum, equal-C, pow2 (default: pow2-sum-256)")
+    add(
+        "--scale-dtype",
+        choices=("float16", "float32"),
+        default="float16",
+        help="of the scale vectors (default: %(default)s)",
+    )
     add("--include", nargs="+", action="extend", default=[], metavar="PATTERN", help="quantize these, too: lm_head")
     add("--exclude", nargs="+", action="extend", default=[], metavar="PATTERN", help="leave these linears: '*.0.mlp.*'")
     add("--tp-max", type=_count, metavar="N", help="tensor parallelism the file is good for (default: the most)")

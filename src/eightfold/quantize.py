@@ -275,11 +275,11 @@ def _measured(name: str, W: Tensor, target: Tensor, H: Tensor, packed: PackedWei
     try:
         packed.validate(name)
     except ValueError as error:
-        raise ValueError(f"{error}; its weights are outside float16's range: try scale_dtype float32") from None
+        raise ValueError(f"{error}; its weights are outside float16's range: try --scale-dtype float32") from None
     # Below the normal numbers of a dtype its steps stay the same: 16 of them are the least that says anything.
     least = torch.finfo(packed.scale_out.dtype).smallest_normal / 64
     if float(packed.scale_out.abs().max()) < least and bool(target.any()):
-        raise ValueError(f"{name}: its weights are below float16's range: try scale_dtype float32, or exclude it")
+        raise ValueError(f"{name}: its weights are below float16's range: try --scale-dtype float32, or exclude it")
     W_hat = dequantize(packed)
     loss = _loss(target - W_hat, H) / (_loss(target, H) or 1.0)
     noise, signal = (float(x.square().sum(dtype=torch.float64)) for x in (W - W_hat, W))
