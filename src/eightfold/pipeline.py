@@ -97,6 +97,7 @@ class _Walk:
         sensitivity = self._sensitivity()
         self.listener.phase("layers", count)
         every = [decoder.prologue(w) for w in self.plan.windows]
+        decoder.release()  # the embedding is not needed in memory while the layers are
         original = [torch.cat(every[a : a + self.batch]) for a in range(0, len(every), self.batch)]
         hidden = list(original)
         for i, name in enumerate(decoder.layer_names):

@@ -142,13 +142,13 @@ def quantize_group(
             f"give more calibration tokens (--samples, --seqlen) or more damping"
         ) from None
 
-    s_out, rotated = {}, {}
+    rotated = {}
     for name, W in targets.items():
         sensitivity = statistics.sensitivity[name] if statistics.sensitivity else None
         scale = output_vector(W, sensitivity, settings, signs)
         R = _rotate_weight(W / s_in / scale[:, None], specs[name])
         rms = float(R.square().mean(dtype=torch.float64).sqrt()) or 1.0
-        s_out[name], rotated[name] = scale * rms, R / rms
+        rotated[name] = R / rms
 
     book = RECIPES[specs[names[0]].bits]
     chosen = _search_scale(rotated, H_rotated, L, book, settings)
