@@ -17,6 +17,7 @@ MAX_PARAMETERS = 8
 
 # A module may import modules of the rows above its own, no others. Every module stands here once.
 LAYERS = (
+    ("cuda",),
     ("e8p", "rotation", "parallel", "bundled"),
     ("rvq", "tensor_parallel"),
     ("ldlq", "format"),
@@ -36,8 +37,8 @@ LAYERS = (
 )
 LAYER_OF = {name: layer for layer, row in enumerate(LAYERS) for name in row}
 
-# The one module that may read the environment (it names the cache folder), once there is one.
-READS_ENVIRONMENT: str | None = None
+# The one module that may read the environment: the name of the cache folder.
+READS_ENVIRONMENT = "cuda"
 
 # Slow to import or not always there: not to be imported by `import eightfold`.
 HEAVY = {"torch", "transformers", "accelerate", "matplotlib", "vllm"}
