@@ -16,6 +16,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from eightfold.cuda import encode as kernels
+
 # Nibble k of a word is (2 * coordinate + 8); coordinate i sits in nibble NIBBLE[i], and so does its sign bit.
 NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)
 
@@ -52,12 +54,19 @@ class Codebook(ABC):
     def _nearest(self, x: Tensor) -> Tensor:
         """Number of the nearest point, int64 [n], for x float32 [n, 8]."""
 
+    @abstractmethod
+    def _nearest_by_kernel(self, x: Tensor) -> Tensor:
+        """Code of the nearest point, `dtype` [n], for x float32 [n, 8] on a GPU that `cuda.encode` is for."""
+
     def encode(self, x: Tensor) -> Tensor:
         """Code of the point nearest to x in the Euclidean norm, exact up to float32 rounding at ties.
 
-        x: float32 [..., 8], finite. Returns codes `dtype` [...] on the same device.
+        x: float32 [..., 8], finite. Returns codes `dtype` [...] on the same device. Raises KernelError on a GPU.
         """
-        parts = [self._nearest(part) for part in x.reshape(-1, 8).split(_ENCODE_ROWS)]
+        rows = x.reshape(-1, 8)
+        if kernels.has_kernels(x.device):
+            return self._nearest_by_kernel(rows).reshape(x.shape[:-1])
+        parts = [self._nearest(part) for part in rows.split(_ENCODE_ROWS)]
         return torch.cat(parts).to(self.dtype).reshape(x.shape[:-1])
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -80,9 +89,15 @@ class E8P(Codebook):
         codes, distances = self._nearest_of_cosets(x)
         return torch.where(distances[1] < distances[0], codes[1], codes[0])
 
+    def _nearest_by_kernel(self, x: Tensor) -> Tensor:
+        return kernels.encode_e8p(x)
+
     def candidates(self, x: Tensor) -> Tensor:
         """The nearest point of either shift: int16 [2, ...]."""
-        parts = [self._nearest_of_cosets(part)[0] for part in x.reshape(-1, 8).split(_ENCODE_ROWS)]
+        rows = x.reshape(-1, 8)
+        if kernels.has_kernels(x.device):
+            return kernels.candidates_e8p(rows).reshape(2, *x.shape[:-1])
+        parts = [self._nearest_of_cosets(part)[0] for part in rows.split(_ENCODE_ROWS)]
         return torch.cat(parts, 1).to(self.dtype).reshape(2, *x.shape[:-1])
 
     def _nearest_of_cosets(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,6 +162,9 @@ class E81B(Codebook):
     def _nearest(self, x: Tensor) -> Tensor:
         points = _on_device(_e81b_points, x.device)
         return (x @ points.T - points.square().sum(1) / 2).argmax(1)
+
+    def _nearest_by_kernel(self, x: Tensor) -> Tensor:
+        return kernels.encode_e81b(x)
 
 
 def codebook(name: str) -> Codebook:
