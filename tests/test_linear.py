@@ -8,7 +8,7 @@ from packing import random_packed, spec
 from torch import nn
 
 from eightfold.e8p import codebook
-from eightfold.linear import QuantLinear
+from eightfold.linear import QuantLinear, _on_gpu
 from eightfold.quantize import dequantize
 from eightfold.rotation import rotate
 
@@ -189,3 +189,21 @@ def test_cuda_is_the_cpu():
     module.release()
     torch.testing.assert_close(module(x.cuda()).cpu(), y, rtol=1e-4, atol=1e-4)
     torch.library.opcheck(OP, arguments(module, x.cuda()))
+
+
+def test_loading_other_values_prepares_anew():
+    module, other = module_for().prepare(), QuantLinear.from_packed(random_packed(spec(40, 72, 3), seed=1))
+    module.load_state_dict(other.state_dict())
+    x = torch.randn(3, 72)
+    assert module.prepared
+    torch.testing.assert_close(module(x), other(x))
+
+
+def test_tensors_that_do_not_belong_together_are_refused():
+    """By the operator's way to the kernels, which would read them by address."""
+    x, *rest = arguments(module_for(), torch.randn(3, 72))
+    with pytest.raises(ValueError, match=r"expected 72 input features, got \[3, 64\]"):
+        _on_gpu(x[:, :64], *rest)
+    with pytest.raises(ValueError, match="expected all on meta"):
+        _on_gpu(x.to("meta"), *rest)
+    assert torch.equal(_on_gpu(x, *rest), OP(x, *rest))  # no kernels here: the reference

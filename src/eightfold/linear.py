@@ -2,18 +2,21 @@
 
     y = s_out ∘ R_outᵀ( W_hat · R_in( s_in ∘ x ) ) + bias
 
-The operator's implementation here is the reference, for any device: it decodes the whole weight and
-multiplies in float32. `QuantLinear.prepare` decodes once and keeps the result, for devices without kernels.
+On a GPU that the kernels support, float16 and bfloat16 activations go through them (eightfold.cuda.linear). All else is
+the reference: it decodes the whole weight and multiplies in float32; `QuantLinear.prepare` then decodes once and keeps
+the result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from eightfold.cuda import linear as kernels
 from eightfold.e8p import codebook
 from eightfold.format import STAGES, LayerSpec, PackedWeight, StageRecipe, code_names, layer_tensors
 from eightfold.quantize import dequantize
@@ -28,7 +31,7 @@ _SCHEMA = (
 _STAGE_OF = {codebook(name).dtype: name for name in STAGES}
 
 
-def _linear(
+def _reference(
     x: Tensor,
     codes: list[Tensor],
     ratios: Tensor,
@@ -40,14 +43,38 @@ def _linear(
 ) -> Tensor:
     """x float [..., K] times the packed weight: [..., N] in x's dtype, computed in float32.
 
-    `codes`, `scale_in` [K], `scale_out` [N], `bias` [N] as the format has them; `ratios` float32 [S]; blocks
-    as flat [size, count] pairs.
+    `codes`, `scale_in` [K], `scale_out` [N], `bias` [N] as the format has them, or `codes` tiled (kernels.tile);
+    `ratios` float32 [S]; blocks as flat [size, count] pairs.
     """
+    codes = [kernels.untile(c) for c in codes]
     recipe = StageRecipe(tuple(_STAGE_OF[c.dtype] for c in codes), tuple(ratios.tolist()))
     spec = LayerSpec(scale_out.numel(), scale_in.numel(), recipe.bits, _expand(out_blocks), _expand(in_blocks), None)
     weight = dequantize(PackedWeight(spec, recipe, tuple(codes), scale_in, scale_out))
     y = functional.linear(x.float(), weight, None if bias is None else bias.float())
     return y.to(x.dtype)
+
+
+def _on_gpu(
+    x: Tensor,
+    codes: list[Tensor],
+    ratios: Tensor,
+    scale_in: Tensor,
+    scale_out: Tensor,
+    bias: Tensor | None,
+    in_blocks: list[int],
+    out_blocks: list[int],
+) -> Tensor:
+    if x.shape[-1] != len(scale_in):
+        raise ValueError(f"expected {len(scale_in)} input features, got {list(x.shape)}")
+    for tensor in (*codes, ratios, scale_in, scale_out):
+        if tensor.device != x.device:
+            raise ValueError(f"expected all on {x.device}, where the input is, got a tensor on {tensor.device}")
+    weight = kernels.Weight(codes, ratios, scale_in, scale_out, in_blocks, out_blocks)
+    if not _has_kernels(weight, x.dtype):
+        return _reference(x, codes, ratios, scale_in, scale_out, bias, in_blocks, out_blocks)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    y = kernels.linear(rows, weight, bias)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _linear_fake(
@@ -63,8 +90,17 @@ def _linear_fake(
     return x.new_empty((*x.shape[:-1], scale_out.shape[0]))
 
 
-_op = torch.library.custom_op("eightfold::linear", _linear, mutates_args=(), schema=_SCHEMA)
-_op.register_fake(_linear_fake)
+# Not the decorator custom_op: it costs 20 microseconds a call, this 3.
+torch.library.define("eightfold::linear", _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+torch.library.impl("eightfold::linear", "default", _reference)
+torch.library.impl("eightfold::linear", "cuda", _on_gpu)
+torch.library.register_fake("eightfold::linear", _linear_fake)
+
+
+def _has_kernels(weight: kernels.Weight, dtype: torch.dtype) -> bool:
+    return (
+        dtype in (torch.float16, torch.bfloat16) and kernels.supported(weight.ratios.device) and kernels.takes(weight)
+    )
 
 
 class QuantLinear(nn.Module):
@@ -101,6 +137,7 @@ class QuantLinear(nn.Module):
             self.register_parameter("bias", None)
         # No buffer: loaders leave buffers that the file does not have uninitialized.
         self._ratios = torch.tensor(recipe.ratios, dtype=torch.float32, device="cpu")
+        self._prepared: torch.dtype | None = None
         self._dense: Tensor | None = None
 
     @classmethod
@@ -112,29 +149,40 @@ class QuantLinear(nn.Module):
         return module
 
     def packed(self) -> PackedWeight:
-        """The weight as the format has it; shares the parameters' memory."""
-        named = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        """The weight as the format has it; shares the parameters' memory, unless `prepare` tiled the codes."""
+        named = {name: kernels.untile(parameter.detach()) for name, parameter in self.named_parameters()}
         return PackedWeight.from_tensors(self.spec, self.recipe, named)
 
     def prepare(self, dtype: torch.dtype = torch.float32) -> QuantLinear:
-        """Decode the weight now and keep it in `dtype`, that of the activations to come; returns self.
+        """Do now what the first call with activations of `dtype` would else do; returns self.
 
-        The dense weight is no parameter and not in the state dict. A move to another device or activations of
-        another dtype make it anew. Raises ValueError where the parameters have no data (meta device).
+        On a GPU with kernels (float16, bfloat16) that is compiling and loading them, and tiling the codes: the
+        parameters then have four dimensions, though the state dict keeps those of the file. Elsewhere the weight is
+        decoded and kept in `dtype`: it is no parameter and not in the state dict. A move to another device or
+        activations of another dtype prepare anew. Raises ValueError where the parameters have no data (meta device),
+        KernelError.
         """
         if self.scale_in.is_meta:
             raise ValueError("expected parameters with data, these are on the meta device: load them first")
-        self._dense = dequantize(self.packed()).to(dtype)
+        self._prepared, self._dense = dtype, None
+        self._ratios = self._ratios.to(self.scale_in.device)
+        weight = kernels.Weight(*self._arguments())
+        if _has_kernels(weight, dtype):
+            if not weight.tiled and kernels.can_tile(weight.padded_out, weight.in_blocks):
+                self._replace_codes(kernels.tile)
+            kernels.prepare(kernels.Weight(*self._arguments()))
+        else:
+            self._dense = dequantize(self.packed()).to(dtype)
         return self
 
     @property
     def prepared(self) -> bool:
-        """Whether a dense weight is kept."""
-        return self._dense is not None
+        """Whether `prepare` was called, and neither `release` nor a move to the meta device since."""
+        return self._prepared is not None
 
     def release(self) -> None:
-        """Drop the dense weight; from now on every call decodes."""
-        self._dense = None
+        """Drop the dense weight if there is one; from now on every call decodes."""
+        self._prepared = self._dense = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x float [..., K] → [..., N] in the same dtype."""
@@ -143,24 +191,49 @@ class QuantLinear(nn.Module):
         if dense is not None and dense.device == x.device:
             if dense.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
                 dense = self.prepare(x.dtype)._dense
-            assert dense is not None
-            return functional.linear(x, dense, None if self.bias is None else self.bias.to(x.dtype))
+            if dense is not None:
+                return self._multiply(x, dense)
+        if x.requires_grad and torch.is_grad_enabled():  # the operator has no derivative
+            return self._multiply(x, dequantize(self.packed()).to(x.dtype))
         if self._ratios.device != x.device:
             self._ratios = self._ratios.to(x.device)
-        codes = [self.get_parameter(name) for name in self._code_names]
-        return torch.ops.eightfold.linear(
-            x, codes, self._ratios, self.scale_in, self.scale_out, self.bias, *self._blocks
-        )
+        codes, ratios, scale_in, scale_out, *blocks = self._arguments()
+        return torch.ops.eightfold.linear(x, codes, ratios, scale_in, scale_out, self.bias, *blocks)
+
+    def _multiply(self, x: Tensor, dense: Tensor) -> Tensor:
+        return functional.linear(x, dense, None if self.bias is None else self.bias.to(x.dtype))
+
+    def _arguments(self) -> tuple[list[Tensor], Tensor, Tensor, Tensor, list[int], list[int]]:
+        """The operator's, save for the activations and the bias."""
+        codes: list[Tensor] = [self.get_parameter(name) for name in self._code_names]
+        return codes, self._ratios, self.scale_in, self.scale_out, *self._blocks
+
+    def _replace_codes(self, layout: Callable[[Tensor], Tensor]) -> None:
+        for name in self._code_names:  # one after another: memory for one more, not for all
+            setattr(self, name, nn.Parameter(layout(self.get_parameter(name).detach()), requires_grad=False))
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._code_names:
+            destination[prefix + name] = kernels.untile(destination[prefix + name])
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self.get_parameter(self._code_names[0]).dim() == 4:
+            self._replace_codes(kernels.untile)
+        super()._load_from_state_dict(*args, **kwargs)
+        if self._prepared is not None:
+            self.prepare(self._prepared)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         def keep_dtype(tensor: Tensor) -> Tensor:
             new = fn(tensor)
             return new if new.dtype == tensor.dtype else tensor.to(new.device)
 
-        dense, self._dense = self._dense, None
+        dtype = self._prepared
+        self.release()
         super()._apply(keep_dtype, recurse)
-        if dense is not None and not self.scale_in.is_meta:
-            self.prepare(fn(dense[:0]).dtype)
+        if dtype is not None and not self.scale_in.is_meta:
+            self.prepare(fn(torch.empty(0, dtype=dtype, device=self.scale_in.device)).dtype)
         return self
 
     def extra_repr(self) -> str:

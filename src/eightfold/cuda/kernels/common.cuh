@@ -1,0 +1,156 @@
+#pragma once
+// What every kernel uses: types, scalar conversions, and Hadamard transforms of rotation blocks. No headers: NVRTC
+// compiles these files as they are.
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+enum Dtype { FLOAT16 = 0, BFLOAT16 = 1, FLOAT32 = 2 };
+
+constexpr int SEGMENT = 256;   // coordinates that one warp transforms in registers, 8 a lane
+constexpr int MAX_RUNS = 96;   // of equal rotation blocks on one side of a linear
+constexpr int MAX_SLICES = 64; // of the input
+
+// Rotation blocks of one side: run r is blocks of 1 << log[r] from coordinate start[r] up to start[r + 1].
+struct Runs {
+  int count;
+  int start[MAX_RUNS + 1];
+  int log[MAX_RUNS];
+};
+
+__device__ __forceinline__ float half_to_float(u16 h) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+  return f;
+}
+__device__ __forceinline__ u16 float_to_half(float f) {
+  u16 h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
+  return h;
+}
+__device__ __forceinline__ u16 float_to_bfloat(float f) {
+  u16 h;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
+  return h;
+}
+__device__ __forceinline__ float load_as_float(const void* p, long long i, int dtype) {
+  if (dtype == FLOAT32) return static_cast<const float*>(p)[i];
+  const u16 bits = static_cast<const u16*>(p)[i];
+  return dtype == FLOAT16 ? half_to_float(bits) : __uint_as_float(u32(bits) << 16);
+}
+__device__ __forceinline__ void store_float(void* p, long long i, int dtype, float v) {
+  if (dtype == FLOAT32) static_cast<float*>(p)[i] = v;
+  else static_cast<u16*>(p)[i] = dtype == FLOAT16 ? float_to_half(v) : float_to_bfloat(v);
+}
+// Eight coordinates from i on, those from `end` on as zeros.
+__device__ __forceinline__ void load8(float (&v)[8], const void* p, long long i, long long end, int dtype) {
+  const char* at = static_cast<const char*>(p) + (i << (dtype == FLOAT32 ? 2 : 1));
+  if (dtype == FLOAT32 && i + 8 <= end && (reinterpret_cast<u64>(at) & 15) == 0) {
+    const float4 a = reinterpret_cast<const float4*>(at)[0], b = reinterpret_cast<const float4*>(at)[1];
+    v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+  } else if (dtype != FLOAT32 && i + 8 <= end && (reinterpret_cast<u64>(at) & 15) == 0) {
+    const uint4 q = *reinterpret_cast<const uint4*>(at);
+    const u32 w[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      v[2 * k] = dtype == FLOAT16 ? half_to_float(u16(w[k])) : __uint_as_float(w[k] << 16);
+      v[2 * k + 1] = dtype == FLOAT16 ? half_to_float(u16(w[k] >> 16)) : __uint_as_float(w[k] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < 8; ++k) v[k] = i + k < end ? load_as_float(p, i + k, dtype) : 0.f;
+  }
+}
+__device__ __forceinline__ void store8(void* p, long long i, long long end, int dtype, const float (&v)[8]) {
+  char* at = static_cast<char*>(p) + (i << (dtype == FLOAT32 ? 2 : 1));
+  if (dtype == FLOAT32 && i + 8 <= end && (reinterpret_cast<u64>(at) & 15) == 0) {
+    reinterpret_cast<float4*>(at)[0] = make_float4(v[0], v[1], v[2], v[3]);
+    reinterpret_cast<float4*>(at)[1] = make_float4(v[4], v[5], v[6], v[7]);
+  } else if (dtype != FLOAT32 && i + 8 <= end && (reinterpret_cast<u64>(at) & 15) == 0) {
+    u32 w[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      w[k] = dtype == FLOAT16 ? float_to_half(v[2 * k]) | u32(float_to_half(v[2 * k + 1])) << 16
+                              : float_to_bfloat(v[2 * k]) | u32(float_to_bfloat(v[2 * k + 1])) << 16;
+    *reinterpret_cast<uint4*>(at) = make_uint4(w[0], w[1], w[2], w[3]);
+  } else {
+#pragma unroll
+    for (int k = 0; k < 8; ++k)
+      if (i + k < end) store_float(p, i + k, dtype, v[k]);
+  }
+}
+
+// Into L2, for what is read once, late, and by a kernel that has nothing to do yet.
+__device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
+// 2^(-log/2), the norm of a Hadamard matrix of order 2^log.
+__device__ __forceinline__ float hadamard_norm(int log) {
+  return __uint_as_float(u32(127 - (log >> 1)) << 23) * (log & 1 ? 0.70710678118654752f : 1.f);
+}
+
+// Unnormalised Hadamard transforms of order 1 << min(log, 8) over the 256 coordinates of a warp, 8 * lane + k in v[k].
+__device__ __forceinline__ void hadamard_segment(float (&v)[8], int log) {
+#pragma unroll
+  for (int bit = 0; bit < 3; ++bit)
+    if (bit < log)
+#pragma unroll
+      for (int k = 0; k < 8; ++k)
+        if (!(k >> bit & 1)) {
+          const float a = v[k], b = v[k | 1 << bit];
+          v[k] = a + b;
+          v[k | 1 << bit] = a - b;
+        }
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int bit = 0; bit < 5; ++bit)
+    if (bit + 3 < log) {
+      const float sign = lane >> bit & 1 ? -1.f : 1.f;
+#pragma unroll
+      for (int k = 0; k < 8; ++k) v[k] = fmaf(v[k], sign, __shfl_xor_sync(0xffffffffu, v[k], 1 << bit));
+    }
+}
+
+// The stages above 256 of unnormalised transforms of order `size`, in place over `length` coordinates (whole blocks), by
+// all threads of the CTA. Ends with a barrier.
+__device__ inline void hadamard_wide(float* buffer, int length, int size) {
+  for (int h = SEGMENT; h < size; h <<= 1) {
+    for (int i = threadIdx.x; i < length / 2; i += blockDim.x) {
+      float* const low = buffer + ((i & ~(h - 1)) << 1 | (i & (h - 1)));
+      const float a = low[0], b = low[h];
+      low[0] = a + b;
+      low[h] = a - b;
+    }
+    __syncthreads();
+  }
+}
+
+// Part of a run of blocks that one warp transforms: up to 256 coordinates from `begin` on, those below `end`.
+struct Segment {
+  int begin, end, log;
+};
+
+// Segment `number` of the coordinates [begin, end), which hold whole blocks or whole 256ths of a block; {-1} if there are
+// not so many.
+__device__ __forceinline__ Segment find_segment(const Runs& runs, int begin, int end, int number) {
+  for (int r = 0; r < runs.count; ++r) {
+    const int low = max(runs.start[r], begin), high = min(runs.start[r + 1], end);
+    if (low >= high) continue;
+    const int count = (high - low + SEGMENT - 1) / SEGMENT;
+    if (number < count) return {low + SEGMENT * number, high, runs.log[r]};
+    number -= count;
+  }
+  return {-1, -1, 0};
+}
+
+// Programmatic dependent launch: let the next kernel start now; wait for all that the kernel before this one wrote.
+__device__ __forceinline__ void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}

@@ -1,0 +1,366 @@
+// The whole linear for up to 16 tokens, after quantize_input: decode, multiply on integer tensor cores, rotate back.
+//
+// A CTA owns some tiles of 16 rows over one slice of the input; its warps share out the units of those, 16 rows by 256
+// columns. Lane (g, t) loads 64 columns of rows g and g + 8, 16 bytes an E8P stage and row: four words of two codes, word
+// j being the A operand of step j. The sums are exact integers, added up in shared memory in any order; a CTA turns its
+// sums into floats and stores them; the CTA that completes a block of the output rotation adds the slices in their order
+// and finishes the block. So results do not depend on timing, nor on the tokens beside one.
+//
+// Compiled with E8P_STAGES, E81B_STAGES, TILES (of 8 columns: a token is two, its high and low planes), WARPS, CTAS (on
+// a multiprocessor), DEPTH (units loaded ahead), COPIES (of the tables), ALIGNED (16-byte loads are possible).
+#include "decode.cuh"
+#include "quantize.cuh"
+
+constexpr int STAGES = E8P_STAGES + E81B_STAGES;
+
+struct Params {
+  const void* codes[STAGES]; // [padded, pitch] each
+  const void* x;             // one token [columns], if it is to be rotated and quantized here
+  const void* scale_in;      // [columns]
+  const uint4* planes;       // else from quantize_input, with its scales and sums; null
+  const float* scales;
+  const int* sums;
+  float* partial;            // [slices, tokens, pitch]: 256 for each piece of the output, or row by row without counters
+  u32* counters;             // rows of each output block that are done: 0 before and after; null if blocks exceed 256 rows
+  const float* ratios;
+  const void* scale_out;     // [features]
+  const void* bias;          // [features] or null
+  void* y;                   // [tokens, features]
+  // Codes from row to row of a tile, from 64 columns to the next, from tile to tile: the file's rows of codes, or tiles
+  // of 16 rows in which 16 rows by 64 columns lie together.
+  u32 row_stride, column_stride, tile_stride;
+  int x_dtype, y_dtype, scale_dtype, bias_dtype, tokens, columns, features, padded, pitch, slices, ctas; // ctas: of a slice
+  int slice_start[MAX_SLICES + 1];
+  Runs in_runs, runs; // of the input, of the output
+};
+
+__device__ __forceinline__ void multiply(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Weights are read once: they should not push anything out of L1.
+__device__ __forceinline__ void load_e8p(u32 (&w)[4], const u8* at) {
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(at));
+}
+__device__ __forceinline__ void load_e81b(u32 (&w)[2], const u8* at) {
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v2.u32 {%0,%1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "l"(at));
+}
+
+// The codes of one unit that a lane holds.
+struct Unit {
+  u32 e8p[E8P_STAGES][2][4];
+  u32 e81b[E81B_STAGES ? E81B_STAGES : 1][2][2];
+};
+
+// Where a lane's next codes lie, from unit to unit.
+struct Cursor {
+  u32 at; // number of the first code of row g; at most 2^29
+  int tile, unit;
+};
+
+#if ALIGNED
+// `units`: those of a tile in which the lane's columns are inside the slice. Outside of it the activations are zeros, so
+// that whatever is in the registers will do.
+__device__ __forceinline__ void load_unit(Unit& w, const Params& p, const Cursor& c, int units) {
+  if (c.unit < units)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const u32 at = c.at + half * 8 * p.row_stride;
+#pragma unroll
+      for (int s = 0; s < E8P_STAGES; ++s) 
+        load_e8p(w.e8p[s][half], static_cast<const u8*>(p.codes[s]) + 2ull * at);
+#pragma unroll
+      for (int s = 0; s < E81B_STAGES; ++s)
+        load_e81b(w.e81b[s][half], static_cast<const u8*>(p.codes[E8P_STAGES + s]) + at);
+    }
+}
+#else // rows that are not whole tiles, columns that are not whole steps: code by code
+__device__ inline void load_unit(Unit& w, const Params& p, const Cursor& c, int codes, int row) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const u32 at = c.at + half * 8 * p.row_stride;
+    const int valid = 16 * c.tile + 8 * half + row < p.padded ? codes - 32 * c.unit : 0;
+#pragma unroll
+    for (int s = 0; s < E8P_STAGES; ++s)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const u16* const code = static_cast<const u16*>(p.codes[s]) + at + 2 * k;
+        w.e8p[s][half][k] = (2 * k < valid ? code[0] : 0) | u32(2 * k + 1 < valid ? code[1] : 0) << 16;
+      }
+#pragma unroll
+    for (int s = 0; s < E81B_STAGES; ++s)
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        const u8* const code = static_cast<const u8*>(p.codes[E8P_STAGES + s]) + at + k;
+        u32& word = w.e81b[s][half][k / 4];
+        word = (k % 4 ? word : 0) | u32(k < valid ? *code : 0) << 8 * (k % 4);
+      }
+  }
+}
+#endif
+
+__device__ __forceinline__ void advance(Cursor& c, int units, const Params& p) {
+  c.at += 4 * p.column_stride;
+  if (++c.unit == units) {
+    c.unit = 0;
+    ++c.tile;
+    c.at += p.tile_stride - 4 * p.column_stride * units;
+  }
+}
+
+// One step of 64 columns: the words j of both halves against one 16-byte word of activations a tile.
+template <int J>
+__device__ __forceinline__ void multiply_step(int (&sums)[STAGES][2][TILES][4], const Unit& w, const u32 (&x)[TILES][4],
+                                              u32 lane4) {
+  u32 even[4], odd[4];
+#pragma unroll
+  for (int s = 0; s < STAGES; ++s) {
+    if (s < E8P_STAGES) {
+      decode_e8p<0>(w.e8p[s < E8P_STAGES ? s : 0][0][J], lane4, even[0], odd[0]);
+      decode_e8p<0>(w.e8p[s < E8P_STAGES ? s : 0][1][J], lane4, even[1], odd[1]);
+      decode_e8p<1>(w.e8p[s < E8P_STAGES ? s : 0][0][J], lane4, even[2], odd[2]);
+      decode_e8p<1>(w.e8p[s < E8P_STAGES ? s : 0][1][J], lane4, even[3], odd[3]);
+    } else {
+      constexpr int CODE = J % 2 * 2;
+      decode_e81b<CODE>(w.e81b[0][0][J / 2], lane4, even[0], odd[0]);
+      decode_e81b<CODE>(w.e81b[0][1][J / 2], lane4, even[1], odd[1]);
+      decode_e81b<CODE + 1>(w.e81b[0][0][J / 2], lane4, even[2], odd[2]);
+      decode_e81b<CODE + 1>(w.e81b[0][1][J / 2], lane4, even[3], odd[3]);
+    }
+#pragma unroll
+    for (int n = 0; n < TILES; ++n) {
+      multiply(sums[s][0][n], even[0], even[1], even[2], even[3], x[n][0], x[n][1]);
+      multiply(sums[s][1][n], odd[0], odd[1], odd[2], odd[3], x[n][2], x[n][3]);
+    }
+  }
+}
+
+// Adds to a counter; what the CTA wrote before its last barrier is then seen by the CTA that completes the count.
+__device__ __forceinline__ u32 arrive(u32* counter, u32 count) {
+  u32 before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(count) : "memory");
+  return before;
+}
+
+// Activations of one step, for lanes that have a column: the rest keep their zeros.
+__device__ __forceinline__ void read_activations(u32 (&x)[TILES][4], u32 at, int words, int lane) {
+#pragma unroll
+  for (int n = 0; n < TILES; ++n)
+    asm volatile(
+        "{ .reg .pred q; setp.lt.s32 q, %5, %6;\n  @q ld.shared.v4.u32 {%0,%1,%2,%3}, [%4]; }"
+        : "+r"(x[n][0]), "+r"(x[n][1]), "+r"(x[n][2]), "+r"(x[n][3])
+        : "r"(at + 512 * n), "r"(lane + 32 * n), "r"(words));
+}
+
+// Add a warp's sums over one tile to the CTA's and start again from zero. [stage][token][row] of the tile at `to`.
+__device__ __forceinline__ void flush(int (&sums)[STAGES][2][TILES][4], u32* to, int tokens, int lane) {
+  const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+  for (int s = 0; s < STAGES; ++s)
+#pragma unroll
+    for (int n = 0; n < TILES; ++n) {
+      int(&e)[4] = sums[s][0][n], (&o)[4] = sums[s][1][n];
+      const int token = 4 * n + t;
+      if (token < tokens) { // odd sums are multiples of 16; unsigned: intermediate values may wrap, the result fits
+        u32* const at = to + (s * tokens + token) * 16 + g;
+        atomicAdd(at, 256u * u32(e[0] + (o[0] >> 4)) + u32(e[1] + (o[1] >> 4)));
+        atomicAdd(at + 8, 256u * u32(e[2] + (o[2] >> 4)) + u32(e[3] + (o[3] >> 4)));
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) e[i] = o[i] = 0;
+    }
+}
+
+// Calls f(number, first row, row after the last, log) for the pieces of the output, up to 256 rows of equal blocks, that
+// share rows with [begin, end).
+template <class F>
+__device__ __forceinline__ void each_piece(const Runs& runs, int begin, int end, F f) {
+  int before = 0;
+  for (int r = 0; r < runs.count; ++r) {
+    const int low = runs.start[r], high = runs.start[r + 1], log = runs.log[r];
+    const int from = max(low, begin), to = min(high, end);
+    if (from < to)
+      for (int i = (from - low) / SEGMENT; i <= (to - 1 - low) / SEGMENT; ++i)
+        f(before + i, low + i * SEGMENT, min(low + (i + 1) * SEGMENT, high), log);
+    before += (high - low + SEGMENT - 1) / SEGMENT;
+  }
+}
+
+// Rows [begin, end), piece number `piece` of the output, of one token: the slices are complete. Add them, transform, scale,
+// add the bias, store. By one warp.
+__device__ __forceinline__ void finish(const Params& p, int piece, int begin, int end, int log, int token) {
+  const int lane = threadIdx.x & 31, row = begin + 8 * lane, stop = min(end, p.features);
+  float scale[8]; // before the slices: it need not wait for them
+  load8(scale, p.scale_out, row, stop, p.scale_dtype);
+  float v[8] = {};
+  const float4* partial =
+      reinterpret_cast<const float4*>(p.partial + (long long)token * p.pitch + piece * SEGMENT + 8 * lane);
+#pragma unroll 2
+  for (int s = 0; s < p.slices; ++s, partial += (long long)p.tokens * p.pitch / 4) {
+    const float4 a = __ldcg(partial), b = __ldcg(partial + 1); // written by other CTAs: not from L1
+    v[0] += a.x, v[1] += a.y, v[2] += a.z, v[3] += a.w, v[4] += b.x, v[5] += b.y, v[6] += b.z, v[7] += b.w;
+  }
+  hadamard_segment(v, log); // what lies behind `end` is in blocks of its own
+  float bias[8] = {};
+  if (p.bias) load8(bias, p.bias, row, stop, p.bias_dtype);
+#pragma unroll
+  for (int k = 0; k < 8; ++k) v[k] = v[k] * hadamard_norm(log) * scale[k] + bias[k];
+  const long long out = (long long)token * p.features;
+  store8(p.y, out + row, out + stop, p.y_dtype, v);
+}
+
+extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __grid_constant__ Params p) {
+  extern __shared__ __align__(1024) u8 dynamic[];
+  launch_dependents();
+  const u32 base = u32(__cvta_generic_to_shared(dynamic));
+  u8* const shared = dynamic - base; // shared[a] is the byte at shared address a
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
+  const int slice = blockIdx.x / p.ctas, cta = blockIdx.x - slice * p.ctas;
+  const int start = p.slice_start[slice], length = p.slice_start[slice + 1] - start;
+  const int units = (length + SEGMENT - 1) / SEGMENT; // of a tile
+  const int tiles = (p.padded + 15) / 16;
+  const int tile0 = u32(tiles * cta) / p.ctas, tile1 = u32(tiles * (cta + 1)) / p.ctas;
+  const int all = (tile1 - tile0) * units;
+  const int first = u32(all * warp) / WARPS, last = u32(all * (warp + 1)) / WARPS;
+
+  // Weights depend on nothing: their first loads go out before the activations are there.
+  const int g = lane >> 2, t = lane & 3;
+  Cursor next;
+  next.tile = tile0 + u32(first) / units;
+  next.unit = first - (next.tile - tile0) * units;
+  next.at = next.tile * p.tile_stride + g * p.row_stride;
+#if ALIGNED
+  next.at += (start / 64 + 4 * next.unit + t) * p.column_stride;
+  const int lane_units = (length / 64 - t + 3) / 4;
+#else
+  next.at += start / 8 + 32 * next.unit + 8 * t;
+#endif
+  const auto load_next = [&](Unit& w) {
+#if ALIGNED
+    load_unit(w, p, next, lane_units);
+#else
+    load_unit(w, p, next, length / 8 - 8 * t, g);
+#endif
+    advance(next, units, p);
+  };
+  int tile = next.tile, unit = next.unit;
+  Unit weights[DEPTH] = {};
+#pragma unroll
+  for (int d = 0; d < DEPTH; ++d)
+    if (first + d < last) load_next(weights[d]);
+
+  if (base > TABLES) __trap();
+  fill_tables(shared + TABLES);
+  const int row0 = 16 * tile0, row1 = min(16 * tile1, p.padded);
+  for (int row = row0 + 32 * threadIdx.x; row < min(row1, p.features); row += 32 * 32 * WARPS) {
+    prefetch(static_cast<const u8*>(p.scale_out) + row * (p.scale_dtype == FLOAT32 ? 4 : 2));
+    if (p.bias) prefetch(static_cast<const u8*>(p.bias) + row * (p.bias_dtype == FLOAT32 ? 4 : 2));
+  }
+  // Shared memory after the tables: activations, ratios, the two words of quantize, sums, flags of output blocks.
+  const int words = 8 * p.tokens; // 16-byte words of activations in a step
+  uint4* const activations = reinterpret_cast<uint4*>(shared + TABLES_END);
+  float* const ratios = reinterpret_cast<float*>(activations + 4 * units * words);
+  u32* const reduced = reinterpret_cast<u32*>(ratios + 4);
+  u32* const sums = reduced + 2;
+  u32* const done = sums + (tile1 - tile0) * STAGES * p.tokens * 16;
+  if (threadIdx.x < STAGES) ratios[threadIdx.x] = 0.25f * p.ratios[threadIdx.x];
+  for (int i = threadIdx.x; i < (tile1 - tile0) * STAGES * p.tokens * 16 + 2; i += 32 * WARPS) reduced[i] = 0;
+  float scale = 0;
+  if (p.planes) {
+    wait_for_previous();
+    const uint4* const planes = p.planes + (long long)((start >> 8) + slice) * 4 * words;
+    for (int i = threadIdx.x; i < 4 * units * words; i += 32 * WARPS) activations[i] = planes[i];
+  } else {
+    for (int k = start + 32 * threadIdx.x; k < min(start + length, p.columns); k += 32 * 32 * WARPS)
+      prefetch(static_cast<const u8*>(p.scale_in) + k * (p.scale_dtype == FLOAT32 ? 4 : 2));
+    const Input input = {p.x, p.scale_in, 0, p.x_dtype, p.scale_dtype, p.columns};
+    Values<WARPS> values;
+    Segment segments[values.COUNT];
+#pragma unroll
+    for (int s = 0; s < values.COUNT; ++s)
+      segments[s] = find_segment(p.in_runs, start, start + length, warp + s * WARPS);
+    __syncthreads(); // the zeros
+    wait_for_previous();
+#pragma unroll
+    for (int s = 0; s < values.COUNT; ++s) {
+      values.at[s] = -1;
+      const int k = segments[s].begin + 8 * lane;
+      if (segments[s].begin < 0) continue;
+      input(values.v[s], k, segments[s].end);
+      hadamard_segment(values.v[s], segments[s].log);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) values.v[s][i] *= hadamard_norm(segments[s].log);
+      if (k < segments[s].end) values.at[s] = k - start;
+    }
+    scale = quantize(values, length, activations, 1, 0, reduced);
+  }
+  __syncthreads();
+
+  int acc[STAGES][2][TILES][4] = {};
+  u32 x[TILES][4] = {};
+  u32 lane4 = 4 * lane;
+  asm volatile("" : "+r"(lane4)); // kept in a register
+  const u32 of_lane = u32(__cvta_generic_to_shared(activations)) + 16 * lane, step = 16 * words;
+  for (int i = first; i < last; i += DEPTH)
+#pragma unroll
+    for (int d = 0; d < DEPTH; ++d)
+      if (i + d < last) {
+        const u32 at = of_lane + unit * 4 * step;
+        read_activations(x, at, words, lane);
+        multiply_step<0>(acc, weights[d], x, lane4);
+        read_activations(x, at + step, words, lane);
+        multiply_step<1>(acc, weights[d], x, lane4);
+        read_activations(x, at + 2 * step, words, lane);
+        multiply_step<2>(acc, weights[d], x, lane4);
+        read_activations(x, at + 3 * step, words, lane);
+        multiply_step<3>(acc, weights[d], x, lane4);
+        if (i + d + DEPTH < last) load_next(weights[d]);
+        if (++unit == units) {
+          flush(acc, sums + (tile - tile0) * STAGES * p.tokens * 16, p.tokens, lane);
+          unit = 0;
+          ++tile;
+        }
+      }
+  if (unit && first < last) flush(acc, sums + (tile - tile0) * STAGES * p.tokens * 16, p.tokens, lane);
+  __syncthreads();
+
+  each_piece(p.runs, row0, row1, [&](int piece, int begin, int end, int) {
+    for (int row = max(begin, row0) + threadIdx.x; row < min(end, row1); row += 32 * WARPS)
+      for (int token = 0; token < p.tokens; ++token) {
+        const int at = token * p.slices + slice, i = row - row0;
+        const u32 total = p.planes ? p.sums[at] : reduced[1];
+        const float factor = p.planes ? p.scales[at] : scale;
+        float v = 0;
+#pragma unroll
+        for (int s = 0; s < STAGES; ++s) {
+          const u32 u = sums[(((i >> 4) * STAGES + s) * p.tokens + token) * 16 + (i & 15)];
+          v += ratios[s] * float(int(2 * u - (s < E8P_STAGES ? 15 : 16) * total));
+        }
+        p.partial[((long long)slice * p.tokens + token) * p.pitch + (p.counters ? piece * SEGMENT + row - begin : row)] =
+            v * factor;
+      }
+  });
+  if (!p.counters) return; // rotate_output does the rest
+  __syncthreads();
+  int number = 0;
+  each_piece(p.runs, row0, row1, [&](int piece, int begin, int end, int) {
+    if (threadIdx.x == number) {
+      const u32 mine = min(end, row1) - max(begin, row0);
+      done[number] = arrive(p.counters + piece, mine) + mine == u32(p.slices * (end - begin));
+      if (done[number]) p.counters[piece] = 0; // as the next launch wants it
+    }
+    ++number;
+  });
+  __syncthreads();
+  number = 0;
+  int turn = 0; // of the warps: pieces are finished side by side
+  each_piece(p.runs, row0, row1, [&](int piece, int begin, int end, int log) {
+    if (!done[number++]) return;
+    for (int token = 0; token < p.tokens; ++token)
+      if (turn++ % WARPS == warp) finish(p, piece, begin, end, log, token);
+  });
+}

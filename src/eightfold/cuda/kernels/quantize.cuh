@@ -1,0 +1,85 @@
+#pragma once
+// Activations of a linear as integers: scaled, rotated, and quantized to 16 bits with a scale for each token and slice.
+//
+// An integer is 256 * high + low, both int8. Sixteen coordinates from 256 u + 64 t + 16 j of a slice make, for either
+// plane, one 16-byte word: the even ones of the first eight and of the second, then the odd ones; it lies at
+// [u][j][2 token + (low plane)][t], which is where lane (column, t) of an mma.m16n8k32 finds its B registers.
+#include "common.cuh"
+
+constexpr int MAX_SLICE = 4096; // coordinates
+// Largest |integer|: with it the high plane, (i + 128) >> 8, stays within 8 bits.
+constexpr float TOP = 32600.f;
+
+// What a CTA of so many warps holds of a slice: eight coordinates a lane and segment, from `at` on; at < 0: none.
+template <int CTA_WARPS>
+struct Values {
+  static constexpr int COUNT = (MAX_SLICE / SEGMENT + CTA_WARPS - 1) / CTA_WARPS;
+  float v[COUNT][8];
+  int at[COUNT];
+};
+
+// x and its scale vector, one row.
+struct Input {
+  const void *x, *scale;
+  long long row; // where the row starts in x
+  int x_dtype, scale_dtype, features;
+
+  // Eight scaled coordinates from k on, those from `limit` on as zeros.
+  __device__ __forceinline__ void operator()(float (&v)[8], int k, int limit) const {
+    const int stop = min(limit, features);
+    float s[8];
+    load8(v, x, row + k, row + stop, x_dtype);
+    load8(s, scale, k, stop, scale_dtype);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = k + i < stop ? v[i] * s[i] : 0.f;
+  }
+};
+
+// Quantize one slice of one token into its planes; returns the scale. reduced[0], the largest magnitude, and reduced[1],
+// the sum of the integers, are zero before; the sum is there after the caller's next barrier.
+template <int CTA_WARPS>
+__device__ __forceinline__ float quantize(const Values<CTA_WARPS>& values, int length, uint4* planes, int tokens,
+                                          int token, u32* reduced) {
+  const int lane = threadIdx.x & 31;
+  u32 largest = 0; // bits of magnitudes compare like values, and NaN is above infinity
+#pragma unroll
+  for (int s = 0; s < values.COUNT; ++s)
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (values.at[s] >= 0) largest = max(largest, __float_as_uint(values.v[s][i]) & 0x7fffffffu);
+  largest = __reduce_max_sync(0xffffffffu, largest);
+  if (lane == 0) atomicMax(reduced, largest);
+  __syncthreads();
+  largest = reduced[0];
+  const float top = __uint_as_float(largest);
+  const bool usable = top > 1e-30f && largest < 0x7f800000u;
+  const float inverse = usable ? TOP / top : 0.f;
+  const auto store = [&](int k, const u32(&words)[4]) { // high even, high odd, low even, low odd
+    const int unit = k >> 8, j = k >> 4 & 3, t = k >> 6 & 3;
+    u32* const at = reinterpret_cast<u32*>(planes + ((unit * 4 + j) * 2 * tokens + 2 * token) * 4 + t) + (k >> 3 & 1);
+    at[0] = words[0];
+    at[2] = words[1];
+    at[16] = words[2];
+    at[18] = words[3];
+  };
+  int sum = 0;
+#pragma unroll
+  for (int s = 0; s < values.COUNT; ++s)
+    if (values.at[s] >= 0) {
+      u32 words[4] = {};
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int integer = __float2int_rn(values.v[s][i] * inverse);
+        words[i & 1] |= u32((integer + 128) >> 8 & 255) << (i / 2 * 8);
+        words[2 + (i & 1)] |= u32(integer & 255) << (i / 2 * 8); // low: the rest, which has the same last bits
+        sum += integer;
+      }
+      store(values.at[s], words);
+    }
+  const u32 none[4] = {};
+  for (int k = length + 8 * threadIdx.x; k < (length + SEGMENT - 1) / SEGMENT * SEGMENT; k += 8 * 32 * CTA_WARPS)
+    store(k, none);
+  sum = __reduce_add_sync(0xffffffffu, sum);
+  if (lane == 0) atomicAdd(reduced + 1, u32(sum));
+  return largest >= 0x7f800000u ? __uint_as_float(0x7fffffffu) : usable ? top / TOP : 0.f;
+}

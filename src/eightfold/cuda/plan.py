@@ -1,0 +1,264 @@
+"""How a linear's work is shared out on a device: slices of the input, chunks to rotate, CTAs of the product.
+
+Plain arithmetic on sizes: nothing here needs a GPU.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate, pairwise, product
+
+UNIT = 256  # columns of a unit of work, and coordinates that a warp rotates
+TILE = 16  # rows of a unit
+MAX_RUNS, MAX_SLICES = 96, 64  # as common.cuh has them
+MAX_SLICE = 4096  # columns; the sums of that many products, 11 * 32600 at most each, fit an int32
+MAX_FEATURES = 65536  # of either side
+MATVEC_TOKENS = 16  # most tokens of one launch of matvec
+LARGE = 1 << 25  # weights from which a multiprocessor's warps should be many rather than have many registers
+RESERVED = 1024  # bytes of shared memory that CUDA keeps of every CTA
+
+
+class UnsupportedLayoutError(ValueError):
+    """A linear whose rotation blocks the kernels do not take; the dense path does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """How many stages of either codebook a recipe has; E81B comes last, at most once."""
+
+    e8p: int
+    e81b: int
+
+    @property
+    def count(self) -> int:
+        return self.e8p + self.e81b
+
+    @property
+    def defines(self) -> dict[str, int]:
+        """Macros of the kernels that decode."""
+        return {"E8P_STAGES": self.e8p, "E81B_STAGES": self.e81b}
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One compiled matvec: `tiles` of four tokens each, `warps` of a CTA, `ctas` that share a multiprocessor, `depth`
+    units of weights loaded ahead, `copies` of the decode tables, `aligned` rows of codes."""
+
+    stages: Stages
+    tiles: int
+    warps: int
+    ctas: int
+    depth: int
+    copies: int
+    aligned: bool
+
+    @property
+    def tokens(self) -> int:
+        """Most tokens of one launch."""
+        return 4 * self.tiles
+
+    @property
+    def defines(self) -> dict[str, int]:
+        return {
+            **self.stages.defines,
+            "TILES": self.tiles,
+            "WARPS": self.warps,
+            "CTAS": self.ctas,
+            "DEPTH": self.depth,
+            "COPIES": self.copies,
+            "ALIGNED": int(self.aligned),
+        }
+
+    @property
+    def table_bytes(self) -> int:
+        """Shared memory up to the end of the tables, as decode.cuh lays it out."""
+        return 1024 + ((1 + self.stages.e81b) * 65536 if self.copies == 32 else 2048 + 1024 * self.stages.e81b)
+
+    def shared_limit(self, shared: int) -> int:
+        """Shared memory that each of `ctas` CTAs can have where one alone can have `shared` bytes."""
+        return ((shared + RESERVED) // self.ctas - RESERVED) // 16 * 16
+
+    def shared_bytes(self, units: int, tiles: int, tokens: int) -> int:
+        """Shared memory of a CTA with `tiles` tiles of rows over `units` units of columns."""
+        activations = units * 4 * 8 * tokens * 16
+        sums = tiles * self.stages.count * tokens * TILE * 4 + 24
+        blocks = 4 * (tiles * TILE // UNIT + 3 + MAX_RUNS)
+        return self.table_bytes + activations + sums + blocks
+
+
+def variant(stages: Stages, tiles: int, copies: int, aligned: bool, large: bool) -> Variant:
+    """The matvec for up to 4 * `tiles` tokens and a layer of LARGE or fewer weights: what measured fastest on an H200
+    among those whose warps find their registers (65,536 a multiprocessor) without spilling."""
+    if tiles == 1 and stages.count <= 2 and not (stages.e81b and copies == 32):  # two sets of tables fit
+        shape = (16, 2, 1) if large and stages.count == 1 else (8, 2, 2)
+    elif tiles == 1 and stages.count == 2:
+        shape = (16, 1, 2)
+    elif tiles * stages.count <= 8:
+        shape = (16, 1, 1)
+    else:
+        shape = (8, 1, 1)
+    return Variant(stages, tiles, *shape, copies, aligned)
+
+
+def variants(copies: int) -> set[Variant]:
+    """Every matvec that some layer could ask for."""
+    recipes = [Stages(e8p, e81b) for e8p in range(1, 5) for e81b in (0, 1) if e8p + e81b <= 4]
+    choices = product(recipes, (1, 2, 4), (False, True), (False, True))
+    return {variant(stages, tiles, copies, aligned, large) for stages, tiles, aligned, large in choices}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`slices`: borders of the slices; `chunks`: numbers of the slices at which a chunk of whole rotation blocks
+    starts, and the number of slices; `ctas` of each slice; `alone`: matvec can rotate what it needs by itself, every
+    slice being a chunk of blocks up to UNIT in no more pieces than its warps hold."""
+
+    slices: tuple[int, ...]
+    chunks: tuple[int, ...]
+    ctas: int
+    alone: bool
+
+    @property
+    def count(self) -> int:
+        """Number of slices."""
+        return len(self.slices) - 1
+
+    @property
+    def units(self) -> int:
+        """Units of columns that the quantized activations have room for."""
+        return self.slices[-1] // UNIT + self.count
+
+    @property
+    def buffer(self) -> int:
+        """Coordinates of the largest chunk."""
+        return max(self.slices[b] - self.slices[a] for a, b in pairwise(self.chunks))
+
+
+def runs(blocks: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Flat [size, count] pairs as (start, end, log2 of the size)."""
+    sizes, counts = blocks[::2], blocks[1::2]
+    ends = list(accumulate(size * count for size, count in zip(sizes, counts, strict=True)))
+    return [(end - s * c, end, s.bit_length() - 1) for end, s, c in zip(ends, sizes, counts, strict=True)]
+
+
+def check(stages: Stages, rows: int, in_blocks: tuple[int, ...], out_blocks: tuple[int, ...]) -> None:
+    """Raise UnsupportedLayoutError for what no kernel takes."""
+    if not 1 <= stages.e8p <= 4 or stages.e81b > 1:
+        raise UnsupportedLayoutError(f"expected 1 to 4 stages of E8P and at most one of E81B, got {stages}")
+    columns = runs(in_blocks)[-1][1]
+    if max(rows, columns) > MAX_FEATURES:
+        raise UnsupportedLayoutError(f"expected at most {MAX_FEATURES} features on a side, got [{rows}, {columns}]")
+    if min(in_blocks[::2]) < 8:
+        raise UnsupportedLayoutError(f"expected input blocks of at least 8, got {list(in_blocks)}")
+    pack_runs(in_blocks)
+    pack_runs(out_blocks)
+
+
+def block_count(blocks: Sequence[int]) -> int:
+    """Pieces of the output that are finished on their own: blocks below 256 rows go together, up to 256 rows."""
+    return sum(-(-(end - start) // UNIT) for start, end, _ in runs(blocks))
+
+
+@cache
+def pack_runs(blocks: tuple[int, ...]) -> bytes:
+    """`struct Runs` of common.cuh. Raises UnsupportedLayoutError for too many."""
+    every = runs(blocks)
+    if len(every) > MAX_RUNS:
+        raise UnsupportedLayoutError(f"expected at most {MAX_RUNS} runs of equal rotation blocks, got {len(every)}")
+    starts = [start for start, _, _ in every] + [every[-1][1]] * (MAX_RUNS + 1 - len(every))
+    logs = [log for _, _, log in every] + [0] * (MAX_RUNS - len(every))
+    return struct.pack(f"<{2 + 2 * MAX_RUNS}i", len(every), *starts, *logs)
+
+
+def pack_borders(borders: Sequence[int]) -> bytes:
+    """An array of MAX_SLICES + 1 borders, the last repeated."""
+    return struct.pack(f"<{MAX_SLICES + 1}i", *borders, *[borders[-1]] * (MAX_SLICES + 1 - len(borders)))
+
+
+@cache
+def make_plan(blocks: tuple[int, ...], rows: int, variant: Variant, processors: int, shared: int) -> Plan:
+    """Cut an input with rotation `blocks` (flat pairs) and `rows` output rows for a device with `processors`
+    multiprocessors and `shared` bytes of shared memory for a CTA.
+
+    A slice is whole blocks, or part of one block that is longer than a slice can be. More slices fill the device
+    better; fewer leave less to add up. The number of slices is the one whose slowest CTA has the least to do.
+    Raises UnsupportedLayoutError where nothing fits.
+    """
+    cuts = _cuts(blocks)
+    total = runs(blocks)[-1][1]
+    tiles = -(-rows // TILE)
+    limit = variant.shared_limit(shared)
+    best: tuple[float, Plan] | None = None
+    least = -(-total // MAX_SLICE)
+    for wanted in range(least, min(MAX_SLICES, 2 * least + 30) + 1):
+        slices = _even(cuts, total, wanted)
+        if any(b - a > MAX_SLICE for a, b in pairwise(slices)) or len(slices) > MAX_SLICES + 1:
+            continue
+        units = max(-(-(b - a) // UNIT) for a, b in pairwise(slices))
+        count = len(slices) - 1
+        waves = 1
+        while True:
+            ctas = min(tiles, max(1, waves * processors * variant.ctas // count))
+            share = -(-tiles // ctas)
+            size = variant.shared_bytes(units, share, variant.tokens)
+            if size <= limit or share == 1:
+                break
+            waves += 1
+        if size > limit:
+            continue
+        chunks = _chunks(slices, blocks)
+        cost = _cost(variant, waves, share, units, count) + (len(chunks) <= count)
+        alone = len(chunks) == len(slices) and max(blocks[::2]) <= UNIT
+        alone = alone and all(_segments(blocks, *borders) <= MAX_SLICE // UNIT for borders in pairwise(slices))
+        plan = Plan(slices, chunks, ctas, alone)
+        if best is None or cost < best[0]:
+            best = cost, plan
+    if best is None:
+        raise UnsupportedLayoutError(
+            f"expected an input of at most {MAX_SLICES} slices that fit {shared} bytes of shared memory, "
+            f"got {total} columns in blocks {list(blocks)}"
+        )
+    return best[1]
+
+
+def _cost(variant: Variant, waves: int, tiles: int, units: int, slices: int) -> float:
+    """About the microseconds that a multiprocessor takes: for its units of weights, for rotating its slices, for the
+    slices that a finished block adds up. From measurements on an H200; only comparisons matter."""
+    busy = waves * variant.ctas * (0.05 * variant.stages.count * tiles * (units + 0.5) + 0.02 * units)
+    return busy + 0.15 * slices
+
+
+def _segments(blocks: tuple[int, ...], begin: int, end: int) -> int:
+    """Pieces of up to UNIT columns, each inside one run, that warps rotate of the columns [begin, end)."""
+    inside = [(max(start, begin), min(stop, end)) for start, stop, _ in runs(blocks)]
+    return sum(-(-(stop - start) // UNIT) for start, stop in inside if start < stop)
+
+
+def _cuts(blocks: tuple[int, ...]) -> list[int]:
+    """Where a slice may end: at the end of a block, on a multiple of 64 columns (16 bytes of codes) where there is one;
+    and, at a price, every 256 columns inside a block."""
+    cuts: list[int] = []
+    for start, end, log in runs(blocks):
+        step = min(UNIT, 1 << log)
+        cuts += range(start + step, end + 1, step)
+    even = [cut for cut in cuts if cut % 64 == 0 or cut == cuts[-1]]
+    return even if cuts[-1] % 64 == 0 else cuts
+
+
+def _even(cuts: list[int], total: int, count: int) -> tuple[int, ...]:
+    """`count` slices (or fewer) as equal as the cuts let them be."""
+    borders = {0, total}
+    for i in range(1, count):
+        borders.add(min(cuts, key=lambda cut: abs(cut - total * i / count)))
+    return tuple(sorted(borders))
+
+
+def _chunks(slices: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[int, ...]:
+    """Numbers of the slices that start on the border of a block, and the number of slices."""
+    ends = {0}
+    for start, end, log in runs(blocks):
+        ends.update(range(start, end + 1, 1 << log))
+    return tuple(i for i, start in enumerate(slices) if start in ends)

@@ -1,0 +1,63 @@
+"""Every kernel, for every architecture and every set of macros that some layer could ask for. No GPU is needed."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from eightfold.cuda import compiler
+from eightfold.cuda.compiler import ARCHITECTURES, KERNELS, KernelError, compile_source, read_source
+from eightfold.cuda.plan import Stages, variants
+
+# Of the tables in matvec, as `eightfold.cuda.linear` decides by the shared memory of these devices.
+COPIES = {80: 32, 86: 1, 89: 1, 90: 32, 100: 32, 103: 32, 120: 1}
+RECIPES = [Stages(e8p, e81b) for e8p in range(1, 5) for e81b in (0, 1) if e8p + e81b <= 4]
+
+every_arch = pytest.mark.parametrize("arch", ARCHITECTURES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nvrtc():
+    try:
+        compiler._nvrtc()
+    except KernelError as error:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"CI may not skip the tests that compile kernels: {error}")
+        pytest.skip(str(error))
+
+
+def builds(arch: int) -> Iterator[tuple[str, dict[str, int]]]:
+    """Every file of kernels with the macros that it is compiled with."""
+    yield "rotate.cu", {}
+    yield "encode.cu", {}
+    yield from (("dequantize.cu", stages.defines) for stages in RECIPES)
+    yield from (("matvec.cu", chosen.defines) for chosen in variants(COPIES[arch]))
+
+
+def entry_points(file: str) -> list[str]:
+    text = (KERNELS / file).read_text(encoding="utf-8")
+    return re.findall(r'extern "C" __global__ void __launch_bounds__\([^)]*\) (\w+)\(', text)
+
+
+def test_nothing_is_left_out():
+    files = {path.name for path in KERNELS.iterdir() if path.name.endswith(".cu")}
+    assert set(COPIES) == set(ARCHITECTURES)
+    for arch in ARCHITECTURES:
+        assert {file for file, _ in builds(arch)} == files
+    assert all(map(entry_points, files))
+
+
+@every_arch
+def test_every_kernel_compiles(arch):
+    def build(file: str, defines: dict[str, int]) -> None:
+        image = compile_source(read_source(file), file, arch, defines)
+        assert image.startswith(b"\x7fELF")
+        assert all(name.encode() + b"\0" in image for name in entry_points(file))
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(build, *each) for each in builds(arch)]:
+            done.result()

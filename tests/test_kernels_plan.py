@@ -1,0 +1,902 @@
+"""What the host does for the kernels of a linear, without a GPU: plans, parameters and order of launches, workspace."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import logging
+import random
+import re
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+from packing import random_packed
+
+from eightfold import linear as layers
+from eightfold.cuda import linear as host
+from eightfold.cuda import plan as planning
+from eightfold.cuda.compiler import KERNELS
+from eightfold.cuda.linear import MOST_MATVEC, Weight, can_tile, tile, untile
+from eightfold.cuda.plan import (
+    MATVEC_TOKENS,
+    MAX_RUNS,
+    MAX_SLICE,
+    MAX_SLICES,
+    TILE,
+    UNIT,
+    Plan,
+    Stages,
+    UnsupportedLayoutError,
+    block_count,
+    check,
+    make_plan,
+    pack_borders,
+    pack_runs,
+    runs,
+    variant,
+    variants,
+)
+from eightfold.format import LayerSpec
+from eightfold.linear import QuantLinear
+from eightfold.rotation import IN_FLOOR, layout_blocks, run_lengths
+
+DEVICES = {32: (132, 232448), 1: (128, 101376)}  # copies: multiprocessors, shared memory
+BIASES = {None: 0, "float16": 0, "bfloat16": 1, "float32": 2}
+MACROS = {"MAX_RUNS": MAX_RUNS, "MAX_SLICES": MAX_SLICES}
+
+
+def flat(blocks) -> tuple[int, ...]:
+    return tuple(number for run in run_lengths(blocks) for number in run)
+
+
+def source(file: str) -> str:
+    return re.sub(r"//[^\n]*", "", (KERNELS / file).read_text(encoding="utf-8"))
+
+
+def c_struct(file: str, name: str, stages: int = 0) -> type[ctypes.Structure]:
+    """A struct of the kernels' sources, field for field as it stands there."""
+    types = {"int": ctypes.c_int32, "u32": ctypes.c_uint32, "long long": ctypes.c_int64}
+    body = re.search(rf"struct {name} {{(.*?)}};", source(file), re.DOTALL)[1]
+    fields = []
+    for line in filter(None, (part.strip() for part in body.split(";"))):
+        base, names = re.fullmatch(r"((?:const )?(?:long long|\w+)\s?\*?) ?(.+)", line, re.DOTALL).groups()
+        if base.strip() == "Runs":
+            kind = c_struct("common.cuh", "Runs")
+        else:
+            kind = ctypes.c_uint64 if base.endswith("*") else types[base.strip()]
+        for field in names.split(","):
+            field, _, size = field.strip().rstrip("]").partition("[")
+            count = sum((MACROS | {"STAGES": stages}).get(x) or int(x) for x in size.split(" + ")) if size else 0
+            fields.append((field, kind * count if count else kind))
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+STRUCTS = {
+    "quantize_input": ("rotate.cu", "QuantizeParams"),
+    "rotate_input": ("rotate.cu", "RotateParams"),
+    "rotate_output": ("rotate.cu", "RotateParams"),
+    "matvec": ("matvec.cu", "Params"),
+    "dequantize": ("dequantize.cu", "Params"),
+}
+
+
+class Launch(NamedTuple):
+    name: str
+    defines: dict[str, int]
+    shared: int
+    grid: int | tuple[int, int, int]
+    block: int
+    p: ctypes.Structure
+    stream: int
+    overlap: bool
+
+
+class FakeGpu:
+    """Stands for device 0: keeps what is loaded and launched. Tensors are the CPU's."""
+
+    def __init__(self) -> None:
+        self.arch, self.processors, self.shared = 90, *DEVICES[32]
+        self.stream, self.capturing = 7, False
+        self.loads: list[tuple] = []
+        self.launches: list[Launch] = []
+        self.pieces: list[tuple[int, int]] = []  # of workspace: address, bytes
+        self.waits: list[int] = []  # for streams
+        self._kernels: dict[tuple, SimpleNamespace] = {}
+
+    def load(self, file, name, device, shared=0, **defines):
+        key = (file, name, device, shared, *sorted(defines.items()))
+        if key not in self._kernels:
+            assert shared <= self.shared
+            self.loads.append(key)
+            stages = defines.get("E8P_STAGES", 0) + defines.get("E81B_STAGES", 0)
+            kind = c_struct(*STRUCTS[name], stages)
+            assert STRUCTS[name][0] == file
+
+            def launch(grid, block, params, stream, overlap=False):
+                assert len(params) == ctypes.sizeof(kind)
+                assert len(params) % 8 == 0
+                p = kind.from_buffer_copy(params)
+                self.launches.append(Launch(name, defines, shared, grid, block, p, stream, overlap))
+
+            self._kernels[key] = SimpleNamespace(launch=launch)
+        return self._kernels[key]
+
+    def current_stream(self, device) -> SimpleNamespace:
+        return SimpleNamespace(cuda_stream=self.stream, synchronize=lambda: self.waits.append(self.stream))
+
+    def names(self) -> list[str]:
+        return [launch.name for launch in self.launches]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    fake = FakeGpu()
+    caches = (host._supported, host._takes, host._counters_of, host._copies)
+    workspace = host._workspace
+
+    def recorded(device, *sizes):
+        found = workspace(device, *sizes)
+        fake.pieces = list(zip(found[1], sizes, strict=True))
+        return found
+
+    monkeypatch.setattr(host, "load", fake.load)
+    monkeypatch.setattr(host, "arch", lambda device: fake.arch)
+    monkeypatch.setattr(host, "sm_count", lambda device: fake.processors)
+    monkeypatch.setattr(host, "max_shared", lambda device: fake.shared)
+    monkeypatch.setattr(host, "_index", lambda device: 0)
+    monkeypatch.setattr(host, "_workspace", recorded)
+    monkeypatch.setattr(host._Counters, "_zeros", lambda self, count: torch.zeros(count, dtype=torch.int32))
+    monkeypatch.setattr(torch.cuda, "current_stream", fake.current_stream)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: fake.capturing)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Fake")
+    for cached in caches:
+        cached.cache_clear()
+    yield fake
+    for cached in caches:
+        cached.cache_clear()
+
+
+def packed_for(n=200, k=960, bits=3, in_blocks=None, out_blocks=None, bias=None, scale=torch.float16):
+    out_blocks = out_blocks or layout_blocks(n, "pow2-sum-256", 16)
+    in_blocks = in_blocks or layout_blocks(k, "pow2-sum-256", 64)
+    return random_packed(LayerSpec(n, k, bits, out_blocks, in_blocks, bias), scale=scale)
+
+
+def weight_of(packed, tiled=False) -> Weight:
+    codes = [tile(c) for c in packed.codes] if tiled else list(packed.codes)
+    ratios = torch.tensor(packed.recipe.ratios)
+    blocks = flat(packed.spec.in_blocks), flat(packed.spec.out_blocks)
+    return Weight(codes, ratios, packed.scale_in, packed.scale_out, *blocks)
+
+
+def activations(tokens, k=960, dtype=torch.float16):
+    return torch.randn(tokens, k).to(dtype)
+
+
+def address(tensor) -> int:
+    return tensor.data_ptr()
+
+
+def raw(struct, name) -> bytes:
+    return bytes(getattr(struct, name))
+
+
+# --- plan.py
+
+
+def test_constants_are_those_of_the_kernels():
+    constants = dict(
+        re.findall(r"constexpr \w+ (\w+) = ([\d.]+)", "".join(map(source, ("common.cuh", "quantize.cuh"))))
+    )
+    ours = {"SEGMENT": UNIT, "MAX_RUNS": MAX_RUNS, "MAX_SLICES": MAX_SLICES, "MAX_SLICE": MAX_SLICE}
+    assert {name: int(constants[name]) for name in ours} == ours
+    assert f"THREADS = {host._THREADS};" in source("rotate.cu")
+    assert 11 * 32600 * MAX_SLICE < 1 << 31
+    enum = re.search(r"enum Dtype {(.*?)}", source("common.cuh"))[1]
+    assert dict(re.findall(r"(\w+) = (\d)", enum)) == {"FLOAT16": "0", "BFLOAT16": "1", "FLOAT32": "2"}
+    assert list(host.DTYPES.items()) == [(torch.float16, 0), (torch.bfloat16, 1), (torch.float32, 2)]
+
+
+def test_runs():
+    assert runs([256, 3]) == [(0, 768, 8)]
+    assert runs((256, 2, 64, 1, 8, 3)) == [(0, 512, 8), (512, 576, 6), (576, 600, 3)]
+
+
+def test_packed_runs_and_borders():
+    packed = pack_runs((256, 2, 64, 1))
+    assert len(packed) == 4 * (1 + 97 + 96) == ctypes.sizeof(c_struct("common.cuh", "Runs"))
+    found = c_struct("common.cuh", "Runs").from_buffer_copy(packed)
+    assert found.count == 2
+    assert list(found.start) == [0, 512] + [576] * 95
+    assert list(found.log) == [8, 6] + [0] * 94
+    borders = pack_borders((0, 5, 9))
+    assert list((ctypes.c_int32 * 65).from_buffer_copy(borders)) == [0, 5] + [9] * 63
+    assert len(borders) == 4 * 65
+    assert len(pack_runs(flat((16, 32) * 48))) == len(packed)
+    assert len(pack_borders(range(65))) == len(borders)
+
+
+def test_block_count():
+    assert block_count((256, 3)) == 3
+    assert block_count((16, 17)) == 2  # 272 rows: 256 go together
+    assert block_count((128, 2, 64, 1, 16, 1)) == 3
+    assert block_count((1, 7)) == 1
+    most = flat((32, 16) * 48)
+    assert block_count(most) <= host._Counters.EACH
+    assert host._Counters.EACH >= planning.MAX_FEATURES // UNIT + MAX_RUNS
+
+
+@pytest.mark.parametrize("stages", [Stages(0, 1), Stages(5, 0), Stages(2, 2)])
+def test_recipes_that_no_kernel_takes(stages):
+    with pytest.raises(UnsupportedLayoutError, match="1 to 4 stages of E8P"):
+        check(stages, 16, (64, 1), (16, 1))
+
+
+def test_layouts_that_no_kernel_takes():
+    stages = Stages(1, 0)
+    check(stages, 65536, (64, 1024), (16, 4096))
+    for rows, blocks in ((65552, (64, 1)), (16, (64, 1025))):
+        with pytest.raises(UnsupportedLayoutError, match="at most 65536 features"):
+            check(stages, rows, blocks, (16, 1))
+    many = flat((128, 64) * 49)
+    for sides in ((many, (16, 1)), ((64, 1), many)):
+        with pytest.raises(UnsupportedLayoutError, match="at most 96 runs"):
+            check(stages, 16, *sides)
+
+
+def random_layouts(seed: int) -> list[tuple[tuple[int, ...], int]]:
+    """Input blocks (flat) and rows."""
+    rng = random.Random(seed)
+    found = []
+    while len(found) < 40:
+        blocks = tuple(1 << rng.randint(3, 15) for _ in range(rng.randint(1, 12)))
+        if rng.random() < 0.7:
+            blocks = tuple(sorted(blocks, reverse=True))
+        if sum(blocks) <= 65536:
+            found.append(
+                (flat(blocks), rng.choice([1, 15, 16, 17, 65536, rng.randint(1, 65536), 16 * rng.randint(1, 512)]))
+            )
+    for _ in range(40):
+        shards = rng.choice([1, 2, 4, 8])
+        size = 64 * shards * rng.randint(1, 1024 // shards)
+        layout = rng.choice(["pow2-sum-256", "pow2-sum-256", "pow2-sum", "pow2-sum-2048", "equal", "equal-256"])
+        found.append((flat(layout_blocks(size, layout, IN_FLOOR, shards)), 16 * rng.randint(1, 4096)))
+    return found
+
+
+def warp_segments(blocks, plan: Plan) -> int:
+    """Most segments that `find_segment` makes of a slice."""
+
+    def of(low: int, high: int) -> int:
+        parts = ((max(low, start), min(high, end)) for start, end, _ in runs(blocks))
+        return sum(-(-(b - a) // UNIT) for a, b in parts if a < b)
+
+    return max(of(low, high) for low, high in pairwise(plan.slices))
+
+
+def warp_room(chosen) -> int:
+    """Segments that quantize.cuh's Values hold."""
+    return -(-MAX_SLICE // UNIT // chosen.warps) * chosen.warps
+
+
+def check_plan(plan: Plan, blocks, rows, chosen, shared) -> None:
+    total, tiles = sum(size * count for size, count in zip(blocks[::2], blocks[1::2], strict=True)), -(-rows // TILE)
+    lengths = [b - a for a, b in pairwise(plan.slices)]
+    assert plan.slices[0] == 0
+    assert plan.slices[-1] == total
+    assert all(0 < length <= MAX_SLICE for length in lengths)
+    assert plan.count == len(lengths) <= MAX_SLICES
+    assert all(start % (64 if total % 64 == 0 else 8) == 0 for start in plan.slices[:-1])
+    assert 1 <= plan.ctas <= tiles
+    units = max(-(-length // UNIT) for length in lengths)
+    assert chosen.shared_bytes(units, -(-tiles // plan.ctas), chosen.tokens) <= chosen.shared_limit(shared)
+    assert chosen.ctas * (chosen.shared_limit(shared) + 1024) <= shared + 1024
+
+    ends = {0} | {end for start, stop, log in runs(blocks) for end in range(start, stop + 1, 1 << log)}
+    assert plan.chunks == tuple(i for i, start in enumerate(plan.slices) if start in ends)
+    assert plan.chunks[0] == 0
+    assert plan.chunks[-1] == plan.count
+    assert not plan.alone or all(start in ends for start in plan.slices)
+    assert plan.buffer == max(plan.slices[b] - plan.slices[a] for a, b in pairwise(plan.chunks))
+    for start, stop, log in runs(blocks):  # hadamard_segment takes whole blocks, or whole 256ths of one
+        assert all((border - start) % min(UNIT, 1 << log) == 0 for border in plan.slices if start <= border <= stop)
+
+    room = 0  # of the quantized activations, in units
+    for number, (start, length) in enumerate(zip(plan.slices, lengths, strict=False)):
+        at = (start >> 8) + number
+        assert at >= room
+        room = at + -(-length // UNIT)
+    assert room <= plan.units
+
+
+@pytest.mark.parametrize("copies", DEVICES)
+@pytest.mark.parametrize("seed", range(2))
+def test_plans_of_random_layouts(copies, seed):
+    rng, choices = random.Random(seed), sorted(variants(copies), key=repr)
+    planned = 0
+    for blocks, rows in random_layouts(seed):
+        for chosen in rng.sample(choices, 2):
+            try:
+                plan = make_plan.__wrapped__(blocks, rows, chosen, *DEVICES[copies])
+            except UnsupportedLayoutError:
+                continue
+            check_plan(plan, blocks, rows, chosen, DEVICES[copies][1])
+            planned += 1
+    assert planned > 100
+
+
+@pytest.mark.parametrize("copies", DEVICES)
+@pytest.mark.parametrize(("rows", "columns", "shards"), [
+    (16, 64, 1), (4096, 4096, 1), (4096, 11008, 1), (28672, 8192, 8), (8192, 28672, 8), (65536, 4096, 1),
+    (256, 65536, 1),
+])  # fmt: skip
+def test_every_variant_has_a_plan_for_default_layouts(copies, rows, columns, shards):
+    blocks = flat(layout_blocks(columns, "pow2-sum-256", IN_FLOOR, shards))
+    for chosen in variants(copies):
+        if chosen.aligned:  # of no influence on the plan
+            plan = make_plan.__wrapped__(blocks, rows, chosen, *DEVICES[copies])
+            check_plan(plan, blocks, rows, chosen, DEVICES[copies][1])
+            assert plan.alone or columns not in (4096, 8192)
+            if chosen.tiles == 1:
+                assert not plan.alone or warp_segments(blocks, plan) <= warp_room(chosen)
+
+
+@pytest.mark.parametrize(("columns", "shards"), [(3584, 8), (4032, 1)])
+def test_warps_hold_every_segment_of_a_slice(columns, shards):
+    """matvec rotates one token with Values<WARPS>: room for as many segments of 256 as a slice of one run can have."""
+    blocks = flat(layout_blocks(columns, "pow2-sum-256", IN_FLOOR, shards))
+    chosen = variant(Stages(1, 1), 1, 32, True, False)
+    plan = make_plan(blocks, 4096, chosen, *DEVICES[32])
+    assert not plan.alone or warp_segments(blocks, plan) <= warp_room(chosen)
+
+
+def test_slices_start_at_codes():
+    """The format takes input blocks below 8; a slice starts at a code, and so does every run that matvec rotates."""
+    for blocks in ((4, 2002), (4, 1, 8, 1, 4, 1)):
+        with pytest.raises(UnsupportedLayoutError):
+            check(Stages(1, 0), 16, blocks, (16, 1))
+
+
+def test_no_plan_is_an_error_of_its_own():
+    chosen = variant(Stages(4, 0), 4, 1, False, False)
+    with pytest.raises(UnsupportedLayoutError, match=r"slices that fit 8192 bytes.*got 4096 columns in blocks"):
+        make_plan((256, 16), 4096, chosen, 128, 8192)
+    with pytest.raises(UnsupportedLayoutError):  # no multiple of 64 for longer than a slice
+        make_plan((8, 1, 8192, 1, 8, 7), 4096, chosen, *DEVICES[1])
+
+
+def test_plans_use_the_whole_device():
+    chosen = variant(Stages(1, 0), 1, 32, True, False)
+    plan = make_plan((256, 16), 4096, chosen, *DEVICES[32])
+    assert plan.count * plan.ctas >= 132
+    assert make_plan((256, 16), 4096, chosen, *DEVICES[32]) is plan
+
+
+@pytest.mark.parametrize("copies", DEVICES)
+def test_variants(copies):
+    every = variants(copies)
+    macros = re.search(r"// Compiled with (.*?)\.\n", (KERNELS / "matvec.cu").read_text(), re.DOTALL)[1]
+    for chosen in every:
+        assert all(macro in macros for macro in chosen.defines)
+        assert chosen.tokens == 4 * chosen.tiles
+        assert chosen.defines["COPIES"] == copies
+        assert 32 * chosen.warps * chosen.ctas <= 1024
+    for stages in (Stages(1, 0), Stages(2, 1), Stages(4, 0)):
+        assert {variant(stages, t, copies, a, large) for t in (1, 2, 4) for a in (0, 1) for large in (0, 1)} <= every
+    assert Stages(2, 1).count == 3
+    sizes = {Stages(1, 0): (1024 + 65536, 3072), Stages(1, 1): (1024 + 131072, 4096)}
+    for stages, (wide, narrow) in sizes.items():
+        assert variant(stages, 1, copies, True, False).table_bytes == (wide if copies == 32 else narrow)
+
+
+# --- linear.py: weights
+
+
+def test_tile_and_untile():
+    codes = torch.arange(48 * 24).view(48, 24)
+    tiled = tile(codes)
+    assert tiled.shape == (3, 3, 16, 8)
+    assert tiled.is_contiguous()
+    assert torch.equal(tiled[1, 2], codes[16:32, 16:24])
+    assert torch.equal(untile(tiled), codes)
+    assert untile(codes) is codes
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_weight_of_rows_and_of_tiles(bits):
+    packed = packed_for(bits=bits)
+    rows, tiles = weight_of(packed), weight_of(packed, tiled=True)
+    assert (rows.tiled, tiles.tiled) == (False, True)
+    for weight in (rows, tiles):
+        assert (weight.padded_out, weight.padded_in) == (208, 960)
+        assert weight.stages == Stages(bits // 2, bits % 2)
+        assert weight.aligned
+    assert rows.strides == (120, 8, 16 * 120)
+    assert tiles.strides == (8, 128, 1920)
+    row, column = 37, 101  # the strides' meaning, as dequantize.cu has it
+    for weight in (rows, tiles):
+        of_row, of_column, of_tile = weight.strides
+        at = (row >> 4) * of_tile + (row & 15) * of_row + (column >> 3) * of_column + (column & 7)
+        assert all(c.flatten()[at] == r[row, column] for c, r in zip(weight.codes, packed.codes, strict=True))
+
+
+def test_aligned_and_can_tile():
+    assert can_tile(16, (64, 3))
+    assert not can_tile(24, (64, 3))
+    assert not can_tile(16, (8, 9))
+    assert can_tile(16, (8, 16))  # the runs end on multiples of 64, not every block
+    assert not can_tile(16, (32, 1, 64, 1, 32, 1))
+    packed = packed_for()
+    weight = weight_of(packed)
+    memory = torch.empty(packed.codes[0].numel() + 1, dtype=torch.int16)
+    weight.codes = [memory[1:].view_as(packed.codes[0]), packed.codes[1]]
+    assert not weight.aligned
+    assert not weight_of(packed_for(200, 72, in_blocks=(64, 8))).aligned
+
+
+def test_supported(gpu, caplog):
+    device = torch.device("cuda", 0)
+    assert host.supported(device)
+    assert not host.supported(torch.device("cpu"))
+    host._supported.cache_clear()
+    gpu.arch = 75
+    with caplog.at_level(logging.WARNING, "eightfold"):
+        assert not any(host.supported(device) for _ in range(3))
+    assert [record.getMessage() for record in caplog.records] == [
+        "Fake is no NVIDIA GPU of compute capability 8.0 or more: weights are decoded before use"
+    ]
+
+
+def test_takes(gpu, caplog):
+    assert host.takes(weight_of(packed_for()))
+    assert not caplog.records
+    many = weight_of(packed_for(16, 49 * 192, in_blocks=(128, 64) * 49))
+    assert not any(host.takes(many) for _ in range(3))
+    assert [record.getMessage() for record in caplog.records] == [
+        "A linear is decoded before use, the kernels do not take it: "
+        "expected at most 96 runs of equal rotation blocks, got 98"
+    ]
+
+
+def test_a_device_without_a_number_is_the_current_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 5)
+    assert (host._index(torch.device("cuda", 3)), host._index(torch.device("cuda"))) == (3, 5)
+
+
+def test_copies_go_by_shared_memory(gpu):
+    found = {}
+    for kib in (99, 159, 160, 163, 227):
+        host._copies.cache_clear()
+        gpu.shared = kib * 1024
+        found[kib] = host._copies(0)
+    assert found == {99: 1, 159: 1, 160: 32, 163: 32, 227: 32}
+
+
+# --- linear.py: launches
+
+
+def pitch(weight) -> int:
+    """Floats of a row of partial sums: of whole pieces of 256 where matvec finishes them."""
+    return weight.padded_out if max(weight.out_blocks[::2]) > UNIT else UNIT * block_count(weight.out_blocks)
+
+
+def check_matvec(launch, x, weight, bias, plan) -> None:
+    p, stages = launch.p, weight.stages.count
+    assert list(p.codes) == [address(c) for c in weight.codes]
+    assert (p.x, p.scale_in, p.ratios) == (address(x), address(weight.scale_in), address(weight.ratios))
+    assert (p.scale_out, p.bias) == (address(weight.scale_out), 0 if bias is None else address(bias))
+    assert (p.row_stride, p.column_stride, p.tile_stride) == weight.strides
+    assert (p.x_dtype, p.y_dtype) == (host.DTYPES[x.dtype],) * 2
+    assert p.scale_dtype == host.DTYPES[weight.scale_out.dtype]
+    assert p.bias_dtype == (0 if bias is None else host.DTYPES[bias.dtype])
+    assert (p.tokens, p.columns, p.features) == (len(x), len(weight.scale_in), len(weight.scale_out))
+    assert (p.padded, p.pitch, p.slices, p.ctas) == (weight.padded_out, pitch(weight), plan.count, plan.ctas)
+    assert raw(p, "slice_start") == pack_borders(plan.slices)
+    assert (raw(p, "in_runs"), raw(p, "runs")) == (pack_runs(weight.in_blocks), pack_runs(weight.out_blocks))
+    assert launch.grid == plan.count * plan.ctas
+    assert launch.block == 32 * launch.defines["WARPS"]
+    assert launch.defines["E8P_STAGES"] + launch.defines["E81B_STAGES"] == stages
+    assert len(x) <= 4 * launch.defines["TILES"]
+    assert launch.overlap == weight.tiled  # rows of codes may be what the kernel ahead of it writes
+    assert launch.stream == 7
+
+
+def check_quantize(launch, x, weight, plan, matvec) -> None:
+    p = launch.p
+    assert (p.x, p.scale_in, p.x_stride) == (address(x), address(weight.scale_in), x.stride(0))
+    assert (p.planes, p.scales, p.sums, p.counters) == (
+        matvec.planes,
+        matvec.scales,
+        matvec.sums,
+        matvec.counters or p.counters,
+    )
+    assert (p.x_dtype, p.scale_dtype) == (host.DTYPES[x.dtype], host.DTYPES[weight.scale_in.dtype])
+    assert (p.features, p.tokens, p.slices) == (len(weight.scale_in), len(x), plan.count)
+    assert (p.counter_count, p.buffer) == (block_count(weight.out_blocks), plan.buffer)
+    assert raw(p, "chunk_slice") == pack_borders(plan.chunks)
+    assert raw(p, "slice_start") == pack_borders(plan.slices)
+    assert raw(p, "runs") == pack_runs(weight.in_blocks)
+    assert launch.grid == (len(plan.chunks) - 1, len(x), 1)
+    assert (launch.block, launch.overlap, launch.stream) == (512, True, 7)
+    if not p.scratch:
+        assert launch.shared >= 4 * (plan.buffer + 2 * MAX_SLICES)
+
+
+def check_workspace(gpu, matvec, plan, weight, tokens) -> None:
+    """Every piece is in the workspace, is as large as the kernels use it, and shares nothing with another."""
+    assert all(a + size <= b for (a, size), (b, _) in pairwise(gpu.pieces))
+    room = {at: size for at, size in gpu.pieces if size}
+    assert room[matvec.partial] == 4 * plan.count * tokens * pitch(weight)
+    if matvec.planes:
+        assert room[matvec.planes] == plan.units * 8 * 4 * 16 * tokens
+        assert room[matvec.scales] >= 4 * plan.count * tokens
+        assert room[matvec.sums] >= 4 * plan.count * tokens
+        if matvec.counters:
+            assert room[matvec.counters] == 4 * block_count(weight.out_blocks)
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("bias", BIASES)
+def test_one_token_is_one_launch(gpu, tiled, bits, bias):
+    packed = packed_for(bits=bits, bias=bias, scale=torch.float32 if bits % 2 else torch.float16)
+    weight, x = weight_of(packed, tiled), activations(1, dtype=torch.bfloat16 if bits > 4 else torch.float16)
+    y = host.linear(x, weight, packed.bias)
+    assert (y.shape, y.dtype) == ((1, 200), x.dtype)
+    (launch,) = gpu.launches
+    plan = host._plan(weight, 1, 0)
+    check_matvec(launch, x, weight, packed.bias, plan)
+    check_workspace(gpu, launch.p, plan, weight, 1)
+    assert launch.p.y == address(y)
+    assert (launch.p.planes, launch.p.scales, launch.p.sums) == (0, 0, 0)
+    assert launch.defines["ALIGNED"] == 1
+
+
+@pytest.mark.parametrize(("tokens", "in_blocks"), [
+    (2, None), (4, None), (5, None), (8, None), (9, None), (16, None),
+    (1, (512, 256, 64, 128)), (1, (8192, 64)), (3, (32768,)), (1, (32768, 16384, 64)), (2, (8,) * 9),
+])  # fmt: skip
+@pytest.mark.parametrize("copies", DEVICES)
+def test_two_launches(gpu, tokens, in_blocks, copies):
+    gpu.processors, gpu.shared = DEVICES[copies]
+    k = 957 if in_blocks is None else sum(in_blocks) - 3
+    packed = packed_for(k=k, in_blocks=in_blocks, bias="float32", scale=torch.float32)
+    weight, x = weight_of(packed), activations(tokens, k)
+    y = host.linear(x, weight, packed.bias)
+    quantize, matvec = gpu.launches
+    assert gpu.names() == ["quantize_input", "matvec"]
+    tiles = 1 if tokens <= 4 else 2 if tokens <= 8 else 4
+    plan = host._plan(weight, tiles, 0)
+    assert matvec.defines["COPIES"] == copies
+    check_matvec(matvec, x, weight, packed.bias, plan)
+    check_quantize(quantize, x, weight, plan, matvec.p)
+    check_workspace(gpu, matvec.p, plan, weight, tokens)
+    assert (matvec.p.y, matvec.defines["TILES"]) == (address(y), tiles)
+    assert matvec.defines["ALIGNED"] == (in_blocks != (8,) * 9)
+    assert bool(quantize.p.scratch) == (4 * (plan.buffer + 128) > gpu.shared)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 7, 16])
+@pytest.mark.parametrize(("out_blocks", "copies"), [((512, 64), 32), ((32768,), 32), ((32768,), 1), ((8192, 16), 1)])
+def test_wide_output_blocks_take_a_launch_more(gpu, tokens, out_blocks, copies):
+    gpu.processors, gpu.shared = DEVICES[copies]
+    n = sum(out_blocks) - 3
+    packed = packed_for(n, out_blocks=out_blocks, bias="bfloat16", scale=torch.float32)
+    weight, x = weight_of(packed), activations(tokens)
+    y = host.linear(x, weight, packed.bias)
+    assert gpu.names() == ["quantize_input", "matvec", "rotate_output"]
+    quantize, matvec, rotate = gpu.launches
+    plan = host._plan(weight, matvec.defines["TILES"], 0)
+    check_matvec(matvec, x, weight, packed.bias, plan)
+    check_quantize(quantize, x, weight, plan, matvec.p)
+    check_workspace(gpu, matvec.p, plan, weight, tokens)
+    assert matvec.p.counters == 0
+    p = rotate.p
+    assert (p.x, p.x_dtype, p.slices, p.scales) == (matvec.p.partial, 2, plan.count, 0)
+    assert (p.scale, p.scale_dtype, p.bias, p.bias_dtype) == (address(packed.scale_out), 2, address(packed.bias), 1)
+    assert (p.y, p.y_dtype, p.features, p.padded, p.tokens) == (address(y), 0, n, n + 3, tokens)
+    assert (p.buffer, raw(p, "runs")) == (out_blocks[0], pack_runs(weight.out_blocks))
+    assert (rotate.block, rotate.stream, rotate.overlap) == (512, 7, False)
+    assert rotate.grid[0] == tokens
+    assert rotate.grid[0] * rotate.grid[1] <= 4 * gpu.processors
+    assert bool(p.scratch) == (4 * (p.buffer + 128) > gpu.shared)
+    assert rotate.shared >= (1024 if p.scratch else 4 * (p.buffer + 32))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "groups"),
+    [(17, [16, 1]), (18, [16, 2]), (33, [16, 16, 1]), (MOST_MATVEC, [16] * (MOST_MATVEC // MATVEC_TOKENS))],
+)
+def test_more_tokens_are_more_launches(gpu, tokens, groups):
+    weight, x = weight_of(packed_for()), activations(tokens)
+    y = host.linear(x, weight, None)
+    launches = [launch for launch in gpu.launches if launch.name == "matvec"]
+    assert len(gpu.launches) == sum(1 if group == 1 else 2 for group in groups)
+    assert [launch.p.tokens for launch in launches] == groups
+    assert [launch.p.x for launch in launches] == [address(x[16 * i :]) for i in range(len(groups))]
+    assert [launch.p.y for launch in launches] == [address(y[16 * i :]) for i in range(len(groups))]
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("bias", [None, "bfloat16"])
+def test_many_tokens_are_a_dense_product(gpu, monkeypatch, tiled, wide, bias):
+    tokens, in_blocks = MOST_MATVEC + 1, (32768,) if wide else (256, 64)
+    k = sum(in_blocks) - 1
+    if wide:
+        gpu.processors, gpu.shared = 8, DEVICES[1][1]
+    monkeypatch.setattr(host, "DENSE_BYTES", 300 * 2 * sum(in_blocks))
+    packed = packed_for(600, k, 5, in_blocks, bias=bias)
+    weight, x = weight_of(packed, tiled), activations(tokens, k, torch.bfloat16)
+    products = []
+    multiply = torch.mm
+
+    def mm(a, b, out):
+        products.append((a, b, out))
+        return out if wide else multiply(a.zero_(), b.zero_(), out=out)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    y = host.linear(x, weight, packed.bias)
+    assert gpu.names() == ["rotate_input", "dequantize", "dequantize", "dequantize", "rotate_output"]
+    first, *pieces, last = gpu.launches
+    rotated = products[0][0]
+    assert (rotated.shape, rotated.dtype) == ((tokens, weight.padded_in), torch.float16)
+    for number, (piece, (a, b, out)) in enumerate(zip(pieces, products, strict=True)):
+        p, rows = piece.p, min(256, 608 - 256 * number)
+        assert list(p.codes) == [address(c) for c in weight.codes]
+        assert (p.ratios, p.weights) == (address(weight.ratios), address(b))
+        assert (p.row_stride, p.column_stride, p.tile_stride) == weight.strides
+        assert (p.row0, p.rows, p.columns) == (256 * number, rows, weight.padded_in // 8)
+        assert piece.grid[0] == -(-p.columns // 256)
+        assert 1 <= piece.grid[1] <= min(rows, 65535)
+        assert (piece.block, piece.overlap, piece.defines) == (256, False, weight.stages.defines)
+        assert (a is rotated, b.shape, b.dtype) == (True, (weight.padded_in, rows), torch.float16)
+        assert (out.shape, address(out)) == ((tokens, rows), last.p.x + 2 * 256 * number)
+    for launch, scale, blocks in (
+        (first, packed.scale_in, weight.in_blocks),
+        (last, packed.scale_out, weight.out_blocks),
+    ):
+        p = launch.p
+        assert (p.scale, p.scale_dtype, p.features) == (address(scale), 0, len(scale))
+        assert (p.tokens, p.buffer, raw(p, "runs")) == (tokens, max(blocks[::2]), pack_runs(blocks))
+        assert launch.grid == (min(tokens, 4 * gpu.processors), 1, 1)
+        assert p.slices == 1
+        assert (launch.block, launch.overlap, launch.stream) == (512, False, 7)
+        assert bool(p.scratch) == (wide and launch is first)
+        assert launch.shared >= (1024 if p.scratch else 4 * (p.buffer + 32))
+    assert (first.p.x, first.p.y, first.p.bias) == (address(x), address(rotated), 0)
+    assert (first.p.x_stride, first.p.x_dtype, first.p.padded) == (k, 1, weight.padded_in)
+    assert first.p.scales == last.p.scales
+    assert (last.p.y, last.p.y_dtype, last.p.x_dtype, last.p.padded) == (address(y), 1, 0, 608)
+    assert (last.p.x_stride, last.p.bias, last.p.bias_dtype) == (
+        608, 0 if bias is None else address(packed.bias), BIASES[bias]
+    )  # fmt: skip
+
+
+def test_no_tokens_are_no_launch(gpu):
+    y = host.linear(activations(0), weight_of(packed_for()), None)
+    assert y.shape == (0, 200)
+    assert not gpu.launches
+
+
+def test_strided_activations(gpu):
+    weight = weight_of(packed_for())
+    rows = activations(6, 1920)
+    for x in (rows[:, :960], rows[::2, 960:], rows[:1, :960].expand(3, -1)):  # rows in one piece: as they are
+        host.linear(x, weight, None)
+        assert gpu.launches[-2].p.x == address(x)
+        assert gpu.launches[-2].p.x_stride == x.stride(0)
+    x = rows[:, ::2]
+    host.linear(x, weight, None)
+    assert gpu.launches[-2].p.x != address(x)
+    assert gpu.launches[-2].p.x_stride == 960
+    host.linear(activations(1, 1920)[:, ::2], weight, None)
+    assert gpu.names()[-2:] == ["matvec", "matvec"]
+
+
+def test_workspace_is_aligned_pieces_of_one_allocation():
+    memory, (first, *rest) = host._workspace(torch.device("cpu"), 10, 0, 257, 256)
+    assert first == address(memory)
+    assert [at - first for at in rest] == [256, 256, 768]
+    assert memory.nbytes >= 768 + 256
+    assert len(host._workspace(torch.device("cpu"), 0)[1]) == 1
+
+
+# --- linear.py: counters
+
+
+def counters(gpu, weight) -> int:
+    host.linear(activations(1), weight, None)
+    return gpu.launches[-1].p.counters
+
+
+def test_each_stream_keeps_its_counters(gpu):
+    weight = weight_of(packed_for())
+    first = counters(gpu, weight)
+    assert first == counters(gpu, weight) == counters(gpu, weight_of(packed_for(bits=4)))
+    mine = host._counters_of(0)._of_stream[7]
+    assert first == address(mine)
+    assert len(mine) >= block_count(weight.out_blocks)
+    assert not mine.any()
+    gpu.stream = 8
+    assert counters(gpu, weight) != first
+    gpu.stream = 7
+    assert counters(gpu, weight) == first
+
+
+def test_captured_launches_share_no_counters(gpu):
+    weight = weight_of(packed_for(520))
+    eager = counters(gpu, weight)
+    gpu.capturing = True
+    taken = [counters(gpu, weight) for _ in range(4)]
+    assert [b - a for a, b in pairwise(taken)] == [4 * block_count(weight.out_blocks)] * 3
+    reserve = host._counters_of(0)._reserve
+    assert taken[0] == address(reserve) != eager
+    assert not reserve.any()
+    assert len(reserve) == host._Counters.RESERVE
+
+
+def test_captures_beyond_the_reserve_take_two_launches(gpu, monkeypatch):
+    weight = weight_of(packed_for())
+    monkeypatch.setattr(host._Counters, "RESERVE", 3 * block_count(weight.out_blocks) - 1)
+    gpu.capturing = True
+    for _ in range(4):
+        host.linear(activations(1), weight, None)
+    assert gpu.names() == ["matvec"] * 2 + ["quantize_input", "matvec"] * 2
+    quantize, matvec = gpu.launches[-2:]
+    assert quantize.p.counters == matvec.p.counters != 0
+    assert matvec.p.planes
+    gpu.capturing = False
+    host.linear(activations(1), weight, None)
+    assert gpu.names()[-2:] == ["matvec", "matvec"]
+
+
+# --- linear.py: prepare
+
+
+def check_prepared(gpu, packed, monkeypatch) -> None:
+    """After prepare(), calls of every size load nothing and make no counters but a new stream's."""
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: out)
+    weight = weight_of(packed)
+    gpu.launches.clear()
+    gpu.capturing = False
+    host.prepare(weight)
+    assert not gpu.launches
+    before, k = len(gpu.loads), packed.spec.in_features
+    assert host._counters_of.cache_info().currsize == 1
+    assert gpu.waits
+    gpu.capturing = True
+    for tokens in (1, 2, 5, 9, 16, 17, 37, MOST_MATVEC, MOST_MATVEC + 1):
+        host.linear(activations(tokens, k), weight, packed.bias)
+    assert gpu.loads[before:] == []
+
+
+@pytest.mark.parametrize("copies", DEVICES)
+@pytest.mark.parametrize("layout", ["pow2-sum-256", "pow2-sum", "pow2", "equal-1024"])
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_prepare_loads_all_that_calls_need(gpu, monkeypatch, copies, layout, bits):
+    gpu.processors, gpu.shared = DEVICES[copies]
+    check_prepared(gpu, packed_for(600, 4160, bits, layout_blocks(4160, layout, 64)), monkeypatch)
+
+
+def test_prepare_loads_all_that_long_chunks_need(gpu, monkeypatch):
+    """Borders of even slices meet the borders of wide blocks only here and there: a chunk is then many blocks."""
+    for columns in (12288, 14336, 18944, 27648, 28672):
+        for layout in ("pow2-sum-512", "pow2-sum-1024", "pow2-sum-2048", "equal"):
+            check_prepared(gpu, packed_for(16, columns, 4, layout_blocks(columns, layout, 64)), monkeypatch)
+
+
+# --- QuantLinear
+
+
+@pytest.fixture
+def on_gpu(gpu, monkeypatch):
+    """Layers on the CPU take themselves for layers on a GPU with kernels, until forward."""
+    has = lambda weight, dtype: dtype in (torch.float16, torch.bfloat16) and host.takes(weight)  # noqa: E731
+    monkeypatch.setattr(layers, "_has_kernels", has)
+    return gpu
+
+
+def same(packed, other) -> bool:
+    ours, theirs = packed.tensors(), other.tensors()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_prepared_layer_is_tiled_and_its_state_dict_is_the_file(on_gpu):
+    packed = packed_for(bits=5, bias="float16")
+    module = QuantLinear.from_packed(packed).prepare(torch.float16)
+    assert on_gpu.loads
+    assert module.prepared
+    assert module._dense is None
+    for name in module._code_names:
+        assert module.get_parameter(name).shape == (13, 15, 16, 8)
+        assert not module.get_parameter(name).requires_grad
+    state = module.state_dict()
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in state.items()} == module.tensor_specs
+    assert all(torch.equal(state[name], tensor) for name, tensor in packed.tensors().items())
+    assert same(module.packed(), packed)
+    names = [name for name, _ in module.named_parameters()]
+    assert sorted(names) == sorted(packed.tensors())
+    loads = len(on_gpu.loads)
+    assert module.prepare(torch.bfloat16).get_parameter(module._code_names[0]).dim() == 4  # again: nothing new
+    assert len(on_gpu.loads) == loads
+    assert torch.nn.Sequential(module).state_dict()["0." + module._code_names[0]].dim() == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_reference_takes_tiles(on_gpu, dtype):
+    packed, x = packed_for(bias="bfloat16"), activations(3, dtype=dtype)
+    expected = QuantLinear.from_packed(packed)(x)
+    assert torch.equal(QuantLinear.from_packed(packed).prepare(dtype)(x), expected)
+
+
+def test_float32_is_decoded(on_gpu):
+    module = QuantLinear.from_packed(packed_for()).prepare(torch.float32)
+    assert module._dense is not None
+    assert module.get_parameter(module._code_names[0]).dim() == 2
+    assert not on_gpu.loads
+
+
+def test_what_cannot_be_tiled_stays(on_gpu):
+    packed = packed_for(20, 200, in_blocks=(128, 64, 8), out_blocks=(16, 4))
+    module = QuantLinear.from_packed(packed).prepare(torch.float16)
+    assert module.get_parameter(module._code_names[0]).dim() == 2
+    assert [key for key in on_gpu.loads if ("ALIGNED", 0) in key]
+    assert not [key for key in on_gpu.loads if ("ALIGNED", 1) in key]
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_loading_into_a_tiled_layer(on_gpu, assign):
+    module = QuantLinear.from_packed(packed_for()).prepare(torch.float16)
+    other = random_packed(module.spec, seed=5)
+    model = torch.nn.Sequential(module)
+    model.load_state_dict({f"0.{name}": tensor for name, tensor in other.tensors().items()}, assign=assign)
+    assert same(module.packed(), other)
+    module.prepare(torch.float16)
+    assert module.get_parameter(module._code_names[0]).dim() == 4
+    assert same(module.packed(), other)
+
+
+def test_copies_and_moves_of_a_tiled_layer(on_gpu):
+    packed = packed_for()
+    module = QuantLinear.from_packed(packed).prepare(torch.float16)
+    twin = copy.deepcopy(module)
+    assert twin.prepared
+    assert same(twin.packed(), packed)
+    module.to(torch.bfloat16)
+    assert module._prepared == torch.bfloat16
+    assert same(module.packed(), packed)
+    module.to("meta")
+    assert not module.prepared
+    assert all(tensor.is_meta for tensor in module.state_dict().values())
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in module.state_dict().items()} == module.tensor_specs
+    module.load_state_dict(packed.tensors(), assign=True)
+    assert same(module.packed(), packed)
+
+
+def test_the_operator_on_a_gpu(on_gpu):
+    """What "cuda" dispatches to: any leading dimensions through the kernels, float32 through the reference."""
+    packed = packed_for(bias="float16")
+    weight = weight_of(packed)
+    rest = (list(packed.codes), weight.ratios, packed.scale_in, packed.scale_out, packed.bias)
+    blocks = (list(weight.in_blocks), list(weight.out_blocks))
+    for shape in ((960,), (0, 960), (3, 960), (2, 0, 960), (2, 3, 960)):
+        assert layers._on_gpu(torch.randn(shape).half(), *rest, *blocks).shape == (*shape[:-1], 200)
+    assert on_gpu.names() == ["matvec"] + ["quantize_input", "matvec"] * 2
+    x = torch.randn(2, 960)
+    assert torch.equal(layers._on_gpu(x, *rest, *blocks), layers._reference(x, *rest, *blocks))
+    assert len(on_gpu.launches) == 5
+
+
+def test_has_kernels_asks_dtype_device_and_layout(gpu, monkeypatch):
+    weight = weight_of(packed_for())
+    assert not layers._has_kernels(weight, torch.float16)  # on the CPU
+    monkeypatch.setattr(host, "supported", lambda device: True)
+    assert layers._has_kernels(weight, torch.float16)
+    assert layers._has_kernels(weight, torch.bfloat16)
+    assert not layers._has_kernels(weight, torch.float32)
