@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from eightfold.cuda import encode as kernels
+from eightfold.cuda.linear import supported
 from eightfold.e8p import E8P, E81B, Codebook, codebook
 
 pytestmark = pytest.mark.gpu
@@ -18,7 +19,7 @@ KERNELS = pytest.mark.parametrize("name", ["encode_e8p", "candidates_e8p", "enco
 @pytest.fixture(autouse=True)
 def gpu() -> torch.device:
     device = torch.device("cuda", torch.cuda.current_device())
-    if not kernels.has_kernels(device):
+    if not supported(device):
         pytest.skip("the device is older than the kernels")
     return device
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from eightfold.cuda import encode as kernels
+from eightfold.cuda.linear import supported
 
 # Nibble k of a word is (2 * coordinate + 8); coordinate i sits in nibble NIBBLE[i], and so does its sign bit.
 NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -56,7 +57,7 @@ class Codebook(ABC):
 
     @abstractmethod
     def _nearest_by_kernel(self, x: Tensor) -> Tensor:
-        """Code of the nearest point, `dtype` [n], for x float32 [n, 8] on a GPU that `cuda.encode` is for."""
+        """Code of the nearest point, `dtype` [n], for x float32 [n, 8] on a GPU that the kernels support."""
 
     def encode(self, x: Tensor) -> Tensor:
         """Code of the point nearest to x in the Euclidean norm, exact up to float32 rounding at ties.
@@ -64,7 +65,7 @@ class Codebook(ABC):
         x: float32 [..., 8], finite. Returns codes `dtype` [...] on the same device. Raises KernelError on a GPU.
         """
         rows = x.reshape(-1, 8)
-        if kernels.has_kernels(x.device):
+        if supported(x.device):
             return self._nearest_by_kernel(rows).reshape(x.shape[:-1])
         parts = [self._nearest(part) for part in rows.split(_ENCODE_ROWS)]
         return torch.cat(parts).to(self.dtype).reshape(x.shape[:-1])
@@ -95,7 +96,7 @@ class E8P(Codebook):
     def candidates(self, x: Tensor) -> Tensor:
         """The nearest point of either shift: int16 [2, ...]."""
         rows = x.reshape(-1, 8)
-        if kernels.has_kernels(x.device):
+        if supported(x.device):
             return kernels.candidates_e8p(rows).reshape(2, *x.shape[:-1])
         parts = [self._nearest_of_cosets(part)[0] for part in rows.split(_ENCODE_ROWS)]
         return torch.cat(parts, 1).to(self.dtype).reshape(2, *x.shape[:-1])

@@ -140,6 +140,11 @@ def _image(file: str, arch: int, *defines: tuple[str, int]) -> bytes:
     return cubin(file, arch, dict(defines))
 
 
+def device_index(device: torch.device) -> int:
+    """Number of a GPU; that of the current one where the device does not say."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 def arch(device: int) -> int:
     """Compute capability of a device as one number: 90 for 9.0."""
     properties = _properties(device)

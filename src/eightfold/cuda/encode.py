@@ -7,15 +7,10 @@ import struct
 import torch
 from torch import Tensor
 
-from eightfold.cuda.driver import arch, load, sm_count
+from eightfold.cuda.driver import device_index, load, sm_count
 
 _BLOCK = 128  # threads, a vector each; the kernels' launch bounds say the same
 _BLOCKS_PER_SM = 32  # more of them, and each takes several vectors
-
-
-def has_kernels(device: torch.device) -> bool:
-    """Whether the functions here are for this device: NVIDIA's, of compute capability 8.0 or newer."""
-    return device.type == "cuda" and torch.version.hip is None and arch(_index(device)) >= 80
 
 
 def encode_e8p(x: Tensor) -> Tensor:
@@ -46,12 +41,8 @@ def _launch(name: str, x: Tensor, codes: Tensor) -> Tensor:
     x = x.contiguous()
     if x.data_ptr() % 16:  # a piece of something, while the kernels read 16 bytes at a time
         x = x.clone()
-    device = _index(x.device)
+    device = device_index(x.device)
     grid = min(-(-n // _BLOCK), _BLOCKS_PER_SM * sm_count(device))
     params = struct.pack("<QQq", x.data_ptr(), codes.data_ptr(), n)
     load("encode.cu", name, device).launch(grid, _BLOCK, params, torch.cuda.current_stream(device).cuda_stream)
     return codes
-
-
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index

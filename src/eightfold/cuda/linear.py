@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from eightfold.cuda.driver import Kernel, arch, load, max_shared, sm_count
+from eightfold.cuda.driver import device_index as _index
 from eightfold.cuda.plan import (
     LARGE,
     MATVEC_TOKENS,
@@ -344,10 +345,6 @@ def _counters(device: int, stream: int, count: int) -> int:
 def _padded(params: bytes) -> bytes:
     """A struct that holds pointers ends on a multiple of 8 bytes."""
     return params + bytes(-len(params) % 8)
-
-
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
 
 
 @cache
