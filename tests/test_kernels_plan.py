@@ -549,7 +549,7 @@ def test_one_token_is_one_launch(gpu, tiled, bits, bias):
     y = host.linear(x, weight, packed.bias)
     assert (y.shape, y.dtype) == ((1, 200), x.dtype)
     (launch,) = gpu.launches
-    plan = host._plan(weight, 1, 0)
+    plan = host._plan(weight, host._variant(weight, 1, 0), 0)
     check_matvec(launch, x, weight, packed.bias, plan)
     check_workspace(gpu, launch.p, plan, weight, 1)
     assert launch.p.y == address(y)
@@ -571,7 +571,7 @@ def test_two_launches(gpu, tokens, in_blocks, copies):
     quantize, matvec = gpu.launches
     assert gpu.names() == ["quantize_input", "matvec"]
     tiles = 1 if tokens <= 4 else 2 if tokens <= 8 else 4
-    plan = host._plan(weight, tiles, 0)
+    plan = host._plan(weight, host._variant(weight, tiles, 0), 0)
     assert matvec.defines["COPIES"] == copies
     check_matvec(matvec, x, weight, packed.bias, plan)
     check_quantize(quantize, x, weight, plan, matvec.p)
@@ -591,7 +591,7 @@ def test_wide_output_blocks_take_a_launch_more(gpu, tokens, out_blocks, copies):
     y = host.linear(x, weight, packed.bias)
     assert gpu.names() == ["quantize_input", "matvec", "rotate_output"]
     quantize, matvec, rotate = gpu.launches
-    plan = host._plan(weight, matvec.defines["TILES"], 0)
+    plan = host._plan(weight, host._variant(weight, matvec.defines["TILES"], 0), 0)
     check_matvec(matvec, x, weight, packed.bias, plan)
     check_quantize(quantize, x, weight, plan, matvec.p)
     check_workspace(gpu, matvec.p, plan, weight, tokens)

@@ -1,9 +1,10 @@
 """`eightfold::linear` on a GPU: which kernels run for how many tokens, with what workspace.
 
-Up to 16 tokens: quantize_input, then matvec, which reads the codes once. Up to MOST_MATVEC: the same for every 16.
-More: the weight is decoded to float16, at most DENSE_BYTES of it at a time, and cuBLAS multiplies. Everything is queued
-on the current stream; memory comes from PyTorch's pool. Within 1-4, 5-8 and 9-16 tokens (the last of every 16 too) a
-token's result does not depend on the others; above MOST_MATVEC that is cuBLAS's affair.
+Up to 16 tokens: matvec, which reads the codes once; quantize_input before it, unless matvec can do that itself (one
+token). Up to MOST_MATVEC: the same for every 16. More: the weight is decoded to float16, at most DENSE_BYTES of it at a
+time, and cuBLAS multiplies. Everything is queued on the current stream; memory comes from PyTorch's pool. Within 1-4,
+5-8 and 9-16 tokens (the last of every 16 too) a token's result does not depend on the others; above MOST_MATVEC that is
+cuBLAS's affair.
 """
 
 from __future__ import annotations
@@ -75,6 +76,11 @@ class Weight:
         return can_tile(self.padded_out, self.in_blocks) and all(c.data_ptr() % 16 == 0 for c in self.codes)
 
     @property
+    def large(self) -> bool:
+        """Whether it has LARGE or more weights."""
+        return self.padded_in * self.padded_out >= LARGE
+
+    @property
     def strides(self) -> tuple[int, int, int]:
         """Codes from row to row of a tile of 16, from 64 columns to the next, from tile to tile."""
         if self.tiled:
@@ -117,17 +123,19 @@ def _supported(device: int) -> bool:
 
 def takes(weight: Weight) -> bool:
     """Whether the kernels take this weight's recipe and rotation blocks. Says so once if not."""
-    return _takes(weight.stages, weight.padded_out, weight.in_blocks, weight.out_blocks, _index(weight.ratios.device))
+    sizes = weight.padded_out, weight.in_blocks, weight.out_blocks
+    return _takes(weight.stages, *sizes, weight.large, _index(weight.ratios.device))
 
 
 @cache
-def _takes(stages: Stages, rows: int, in_blocks: tuple[int, ...], out_blocks: tuple[int, ...], device: int) -> bool:
+def _takes(
+    stages: Stages, rows: int, in_blocks: tuple[int, ...], out_blocks: tuple[int, ...], large: bool, device: int
+) -> bool:
     try:
         check(stages, rows, in_blocks, out_blocks)
-        for tiles in (1, 2, 4):
-            for aligned in (False, True):
-                chosen = variant(stages, tiles, _copies(device), aligned, False)
-                make_plan(in_blocks, rows, chosen, sm_count(device), max_shared(device))
+        for tiles in (1, 2, 4):  # aligned or not, the plan is the same
+            chosen = variant(stages, tiles, _copies(device), True, large)
+            make_plan(in_blocks, rows, chosen, sm_count(device), max_shared(device))
     except UnsupportedLayoutError as error:
         _LOG.warning("A linear is decoded before use, the kernels do not take it: %s", error)
         return False
@@ -139,8 +147,9 @@ def prepare(weight: Weight) -> None:
     there. Raises KernelError."""
     device = _index(weight.codes[0].device)
     for tiles in (1, 2, 4):
-        _matvec(_variant(weight, tiles, device), device)
-        _rotate("quantize_input", _shared_buffer(_plan(weight, tiles, device).buffer, device), device)
+        chosen = _variant(weight, tiles, device)
+        _matvec(chosen, device)
+        _rotate("quantize_input", _shared_buffer(_plan(weight, chosen, device).buffer, device), device)
     _rotate("rotate_input", _shared_buffer(_longest(weight.in_blocks), device), device)
     _rotate("rotate_output", _shared_buffer(_longest(weight.out_blocks), device), device)
     _dequantize(weight.stages, device)
@@ -168,7 +177,8 @@ def _decode(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
     after it if output blocks exceed 256."""
     device, tokens = _index(x.device), len(x)
     tiles = 1 if tokens <= 4 else 2 if tokens <= 8 else 4
-    plan, chosen = _plan(weight, tiles, device), _variant(weight, tiles, device)
+    chosen = _variant(weight, tiles, device)
+    plan = _plan(weight, chosen, device)
     stream = torch.cuda.current_stream(device).cuda_stream
     blocks, finishes = block_count(weight.out_blocks), _longest(weight.out_blocks) <= UNIT
     counters = 0
@@ -365,12 +375,10 @@ def _copies(device: int) -> int:
 
 
 def _variant(weight: Weight, tiles: int, device: int) -> Variant:
-    large = weight.padded_in * weight.padded_out >= LARGE
-    return variant(weight.stages, tiles, _copies(device), weight.aligned, large)
+    return variant(weight.stages, tiles, _copies(device), weight.aligned, weight.large)
 
 
-def _plan(weight: Weight, tiles: int, device: int) -> Plan:
-    chosen = _variant(weight, tiles, device)
+def _plan(weight: Weight, chosen: Variant, device: int) -> Plan:
     return make_plan(weight.in_blocks, weight.padded_out, chosen, sm_count(device), max_shared(device))
 
 

@@ -1,4 +1,5 @@
-// The whole linear for up to 16 tokens, after quantize_input: decode, multiply on integer tensor cores, rotate back.
+// The whole linear for up to 16 tokens: decode, multiply on integer tensor cores, rotate back. The activations come from
+// quantize_input, or, of one token, are rotated and quantized here by every CTA that needs them.
 //
 // A CTA owns some tiles of 16 rows over one slice of the input; its warps share out the units of those, 16 rows by 256
 // columns. Lane (g, t) loads 64 columns of rows g and g + 8, 16 bytes an E8P stage and row: four words of two codes, word
@@ -14,7 +15,7 @@
 constexpr int STAGES = E8P_STAGES + E81B_STAGES;
 
 struct Params {
-  const void* codes[STAGES]; // [padded, pitch] each
+  const void* codes[STAGES]; // in the order that the strides below say
   const void* x;             // one token [columns], if it is to be rotated and quantized here
   const void* scale_in;      // [columns]
   const uint4* planes;       // else from quantize_input, with its scales and sums; null
@@ -71,7 +72,7 @@ __device__ __forceinline__ void load_unit(Unit& w, const Params& p, const Cursor
     for (int half = 0; half < 2; ++half) {
       const u32 at = c.at + half * 8 * p.row_stride;
 #pragma unroll
-      for (int s = 0; s < E8P_STAGES; ++s) 
+      for (int s = 0; s < E8P_STAGES; ++s)
         load_e8p(w.e8p[s][half], static_cast<const u8*>(p.codes[s]) + 2ull * at);
 #pragma unroll
       for (int s = 0; s < E81B_STAGES; ++s)
