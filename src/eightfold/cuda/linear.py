@@ -2,8 +2,8 @@
 
 Up to 16 tokens: matvec, which reads the codes once; quantize_input before it, unless matvec can do that itself (one
 token). Up to MOST_MATVEC: the same for every 16. More: the weight is decoded to float16, at most DENSE_BYTES of it at a
-time, and cuBLAS multiplies. Everything is queued on the current stream; memory comes from PyTorch's pool. Within 1-4,
-5-8 and 9-16 tokens (the last of every 16 too) a token's result does not depend on the others; above MOST_MATVEC that is
+time, and cuBLAS multiplies. Everything is queued on the current stream; memory comes from PyTorch's pool. Within 2-8
+and 9-16 tokens (the last of every 16 too) a token's result does not depend on the others; above MOST_MATVEC that is
 cuBLAS's affair.
 """
 
@@ -22,7 +22,6 @@ from torch import Tensor
 from eightfold.cuda.driver import Kernel, arch, load, max_shared, sm_count
 from eightfold.cuda.driver import device_index as _index
 from eightfold.cuda.plan import (
-    LARGE,
     MATVEC_TOKENS,
     MAX_FEATURES,
     MAX_RUNS,
@@ -42,6 +41,7 @@ from eightfold.cuda.plan import (
 
 _LOG = logging.getLogger("eightfold")
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # as common.cuh numbers them
+CLASSES = 1, 8, MATVEC_TOKENS  # most tokens of a launch of matvec: within a class nothing depends on their number
 MOST_MATVEC = 48  # tokens up to which several launches of matvec beat decoding the weight for cuBLAS
 DENSE_BYTES = 64 << 20  # of float16 weights decoded at once
 _THREADS = 512  # of the rotation kernels
@@ -74,11 +74,6 @@ class Weight:
     def aligned(self) -> bool:
         """Whether rows come in tiles of 16 and the codes of 64 columns start at multiples of 16 bytes."""
         return can_tile(self.padded_out, self.in_blocks) and all(c.data_ptr() % 16 == 0 for c in self.codes)
-
-    @property
-    def large(self) -> bool:
-        """Whether it has LARGE or more weights."""
-        return self.padded_in * self.padded_out >= LARGE
 
     @property
     def strides(self) -> tuple[int, int, int]:
@@ -124,18 +119,16 @@ def _supported(device: int) -> bool:
 def takes(weight: Weight) -> bool:
     """Whether the kernels take this weight's recipe and rotation blocks. Says so once if not."""
     sizes = weight.padded_out, weight.in_blocks, weight.out_blocks
-    return _takes(weight.stages, *sizes, weight.large, _index(weight.ratios.device))
+    return _takes(weight.stages, *sizes, _index(weight.ratios.device))
 
 
 @cache
-def _takes(
-    stages: Stages, rows: int, in_blocks: tuple[int, ...], out_blocks: tuple[int, ...], large: bool, device: int
-) -> bool:
+def _takes(stages: Stages, rows: int, in_blocks: tuple[int, ...], out_blocks: tuple[int, ...], device: int) -> bool:
     try:
         check(stages, rows, in_blocks, out_blocks)
-        for tiles in (1, 2, 4):  # aligned or not, the plan is the same
-            chosen = variant(stages, tiles, _copies(device), True, large)
-            make_plan(in_blocks, rows, chosen, sm_count(device), max_shared(device))
+        for tokens in CLASSES:  # with aligned codes, which take more shared memory
+            chosen = variant(stages, _tiles(tokens), max_shared(device), True)
+            make_plan(in_blocks, rows, chosen, tokens, sm_count(device), max_shared(device))
     except UnsupportedLayoutError as error:
         _LOG.warning("A linear is decoded before use, the kernels do not take it: %s", error)
         return False
@@ -146,10 +139,10 @@ def prepare(weight: Weight) -> None:
     """Compile and load what `linear` can need for this weight, so that no call does, and wait until the weight is
     there. Raises KernelError."""
     device = _index(weight.codes[0].device)
-    for tiles in (1, 2, 4):
-        chosen = _variant(weight, tiles, device)
+    for tokens in CLASSES:
+        chosen = _variant(weight, tokens, device)
         _matvec(chosen, device)
-        _rotate("quantize_input", _shared_buffer(_plan(weight, chosen, device).buffer, device), device)
+        _rotate("quantize_input", _shared_buffer(_plan(weight, chosen, tokens, device).buffer, device), device)
     _rotate("rotate_input", _shared_buffer(_longest(weight.in_blocks), device), device)
     _rotate("rotate_output", _shared_buffer(_longest(weight.out_blocks), device), device)
     _dequantize(weight.stages, device)
@@ -176,9 +169,8 @@ def _decode(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
     """matvec alone for one token and blocks up to 256 on both sides. Else quantize_input before it; and rotate_output
     after it if output blocks exceed 256."""
     device, tokens = _index(x.device), len(x)
-    tiles = 1 if tokens <= 4 else 2 if tokens <= 8 else 4
-    chosen = _variant(weight, tiles, device)
-    plan = _plan(weight, chosen, device)
+    chosen = _variant(weight, tokens, device)
+    plan = _plan(weight, chosen, tokens, device)
     stream = torch.cuda.current_stream(device).cuda_stream
     blocks, finishes = block_count(weight.out_blocks), _longest(weight.out_blocks) <= UNIT
     counters = 0
@@ -368,18 +360,18 @@ def _shared_buffer(coordinates: int, device: int) -> int:
     return size if size <= max_shared(device) else 0
 
 
-@cache
-def _copies(device: int) -> int:
-    """Copies of the decode tables: one for each lane, if shared memory holds two tables and what else a CTA needs."""
-    return 32 if max_shared(device) >= 160 * 1024 else 1
+def _tiles(tokens: int) -> int:
+    """Tiles of 4 tokens that so many take."""
+    return 1 if tokens == 1 else 2 if tokens <= 8 else 4
 
 
-def _variant(weight: Weight, tiles: int, device: int) -> Variant:
-    return variant(weight.stages, tiles, _copies(device), weight.aligned, weight.large)
+def _variant(weight: Weight, tokens: int, device: int) -> Variant:
+    return variant(weight.stages, _tiles(tokens), max_shared(device), weight.aligned)
 
 
-def _plan(weight: Weight, chosen: Variant, device: int) -> Plan:
-    return make_plan(weight.in_blocks, weight.padded_out, chosen, sm_count(device), max_shared(device))
+def _plan(weight: Weight, chosen: Variant, tokens: int, device: int) -> Plan:
+    most = next(limit for limit in CLASSES if tokens <= limit)
+    return make_plan(weight.in_blocks, weight.padded_out, chosen, most, sm_count(device), max_shared(device))
 
 
 def _matvec(chosen: Variant, device: int) -> Kernel:

@@ -17,8 +17,9 @@ MAX_RUNS, MAX_SLICES = 96, 64  # as common.cuh has them
 MAX_SLICE = 4096  # columns; the sums of that many products, 11 * 32600 at most each, fit an int32
 MAX_FEATURES = 65536  # of either side
 MATVEC_TOKENS = 16  # most tokens of one launch of matvec
-LARGE = 1 << 25  # weights from which a multiprocessor's warps should be many rather than have many registers
 RESERVED = 1024  # bytes of shared memory that CUDA keeps of every CTA
+MANY_COPIES = 160 << 10  # bytes of shared memory from which the decode tables have a copy for every lane
+TWO_CTAS = 224 << 10  # and from which two CTAs with such tables share a multiprocessor
 
 
 class UnsupportedLayoutError(ValueError):
@@ -37,6 +38,11 @@ class Stages:
         return self.e8p + self.e81b
 
     @property
+    def tile_bytes(self) -> int:
+        """Bytes of the codes of 16 rows by 256 columns."""
+        return 1024 * self.e8p + 512 * self.e81b
+
+    @property
     def defines(self) -> dict[str, int]:
         """Macros of the kernels that decode."""
         return {"E8P_STAGES": self.e8p, "E81B_STAGES": self.e81b}
@@ -44,11 +50,12 @@ class Stages:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One compiled matvec: `tiles` of four tokens each, `warps` of a CTA, `ctas` that share a multiprocessor, `depth`
-    units of weights loaded ahead, `copies` of the decode tables, `aligned` rows of codes."""
+    """One compiled matvec: `tiles` of four tokens each, units of `rows` tiles of weights, `warps` of a CTA, `ctas` that
+    share a multiprocessor, `depth` units of weights copied ahead, `copies` of the decode tables, `aligned` codes."""
 
     stages: Stages
     tiles: int
+    rows: int
     warps: int
     ctas: int
     depth: int
@@ -65,6 +72,7 @@ class Variant:
         return {
             **self.stages.defines,
             "TILES": self.tiles,
+            "ROWS": self.rows,
             "WARPS": self.warps,
             "CTAS": self.ctas,
             "DEPTH": self.depth,
@@ -73,9 +81,10 @@ class Variant:
         }
 
     @property
-    def table_bytes(self) -> int:
-        """Shared memory up to the end of the tables, as decode.cuh lays it out."""
-        return 1024 + ((1 + self.stages.e81b) * 65536 if self.copies == 32 else 2048 + 1024 * self.stages.e81b)
+    def fixed_bytes(self) -> int:
+        """Shared memory up to the end of the tables and rings, as decode.cuh and matvec.cu lay it out."""
+        tables = 1024 + (2 + self.stages.e81b) * 1024 * self.copies
+        return tables + (self.warps * self.depth * self.rows * self.stages.tile_bytes if self.aligned else 0)
 
     def shared_limit(self, shared: int) -> int:
         """Shared memory that each of `ctas` CTAs can have where one alone can have `shared` bytes."""
@@ -86,28 +95,29 @@ class Variant:
         activations = units * 4 * 8 * tokens * 16
         sums = tiles * self.stages.count * tokens * TILE * 4 + 24
         blocks = 4 * (tiles * TILE // UNIT + 3 + MAX_RUNS)
-        return self.table_bytes + activations + sums + blocks
+        return self.fixed_bytes + activations + sums + blocks
 
 
-def variant(stages: Stages, tiles: int, copies: int, aligned: bool, large: bool) -> Variant:
-    """The matvec for up to 4 * `tiles` tokens and a layer of LARGE or fewer weights: what measured fastest on an H200
-    among those whose warps find their registers (65,536 a multiprocessor) without spilling."""
-    if tiles == 1 and stages.count <= 2 and not (stages.e81b and copies == 32):  # two sets of tables fit
-        shape = (16, 2, 1) if large and stages.count == 1 else (8, 2, 2)
-    elif tiles == 1 and stages.count == 2:
-        shape = (16, 1, 2)
-    elif tiles * stages.count <= 8:
-        shape = (16, 1, 1)
+def variant(stages: Stages, tiles: int, shared: int, aligned: bool) -> Variant:
+    """The matvec for up to 4 * `tiles` tokens where a CTA can have `shared` bytes of shared memory: what measured fastest
+    on an H200 among those whose warps find their registers (65,536 a multiprocessor) without spilling."""
+    many = shared >= MANY_COPIES
+    rows = 2 if stages.count * tiles <= 2 or stages.count == 1 else 1
+    if tiles == 1 and shared >= TWO_CTAS and not stages.e81b:
+        warps, ctas = 8, 2
+    elif many and stages.count * tiles <= 8 and (shared >= TWO_CTAS or not stages.e81b):
+        warps, ctas = 16, 1
     else:
-        shape = (8, 1, 1)
-    return Variant(stages, tiles, *shape, copies, aligned)
+        warps, ctas = 8, 1
+    depth = max(1, (4096 if many else 2048) // (rows * stages.tile_bytes))
+    return Variant(stages, tiles, rows, warps, ctas, depth, 32 if many else 1, aligned)
 
 
-def variants(copies: int) -> set[Variant]:
+def variants(shared: int) -> set[Variant]:
     """Every matvec that some layer could ask for."""
     recipes = [Stages(e8p, e81b) for e8p in range(1, 5) for e81b in (0, 1) if e8p + e81b <= 4]
-    choices = product(recipes, (1, 2, 4), (False, True), (False, True))
-    return {variant(stages, tiles, copies, aligned, large) for stages, tiles, aligned, large in choices}
+    choices = product(recipes, (1, 2, 4), (False, True))
+    return {variant(stages, tiles, shared, aligned) for stages, tiles, aligned in choices}
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,9 +189,11 @@ def pack_borders(borders: Sequence[int]) -> bytes:
 
 
 @cache
-def make_plan(blocks: tuple[int, ...], rows: int, variant: Variant, processors: int, shared: int) -> Plan:
-    """Cut an input with rotation `blocks` (flat pairs) and `rows` output rows for a device with `processors`
-    multiprocessors and `shared` bytes of shared memory for a CTA.
+def make_plan(
+    blocks: tuple[int, ...], rows: int, variant: Variant, tokens: int, processors: int, shared: int
+) -> Plan:
+    """Cut an input of up to `tokens` tokens with rotation `blocks` (flat pairs) and `rows` output rows for a device with
+    `processors` multiprocessors and `shared` bytes of shared memory for a CTA.
 
     A slice is whole blocks, or part of one block that is longer than a slice can be. More slices fill the device
     better; fewer leave less to add up. The number of slices is the one whose slowest CTA has the least to do.
@@ -190,6 +202,7 @@ def make_plan(blocks: tuple[int, ...], rows: int, variant: Variant, processors: 
     cuts = _cuts(blocks)
     total = runs(blocks)[-1][1]
     tiles = -(-rows // TILE)
+    groups = -(-tiles // variant.rows)
     limit = variant.shared_limit(shared)
     best: tuple[float, Plan] | None = None
     least = -(-total // MAX_SLICE)
@@ -201,10 +214,10 @@ def make_plan(blocks: tuple[int, ...], rows: int, variant: Variant, processors: 
         count = len(slices) - 1
         waves = 1
         while True:
-            ctas = min(tiles, max(1, waves * processors * variant.ctas // count))
-            share = -(-tiles // ctas)
-            size = variant.shared_bytes(units, share, variant.tokens)
-            if size <= limit or share == 1:
+            ctas = min(groups, max(1, waves * processors * variant.ctas // count))
+            share = -(-groups // ctas) * variant.rows
+            size = variant.shared_bytes(units, share, tokens)
+            if size <= limit or share == variant.rows:
                 break
             waves += 1
         if size > limit:
@@ -227,7 +240,7 @@ def make_plan(blocks: tuple[int, ...], rows: int, variant: Variant, processors: 
 def _cost(variant: Variant, waves: int, tiles: int, units: int, slices: int) -> float:
     """About the microseconds that a multiprocessor takes: for its units of weights, for rotating its slices, for the
     slices that a finished block adds up. From measurements on an H200; only comparisons matter."""
-    busy = waves * variant.ctas * (0.05 * variant.stages.count * tiles * (units + 0.5) + 0.02 * units)
+    busy = waves * variant.ctas * units * (0.025 * variant.stages.count * tiles + 0.02)
     return busy + 0.15 * slices
 
 

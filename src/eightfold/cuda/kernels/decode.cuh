@@ -11,60 +11,49 @@
 
 constexpr u32 EVEN = 0x0f0f0f0fu, ODD = 0xf0f0f0f0u;
 
-// Tables in shared memory. COPIES is 32: each lane reads its own bank, without conflicts; or 1 where shared memory is
-// small. A row of 256 bytes: PATTERN and SIGNS of one byte, 32 copies each; then rows of E81B, of which the second half
-// is not used: so one byte permutation turns a code byte into the address of its row.
+// Tables in shared memory: of patterns, of signs, and of E81B, each with COPIES words a row. 32 copies: each lane reads its
+// own bank, without conflicts; or 1 where shared memory is small.
 #ifdef COPIES
 constexpr u32 TABLES = 1024; // absolute shared address: lookups need no base; shared memory of a kernel starts below it
-constexpr u32 E81B_TABLE = TABLES + (COPIES == 32 ? 65536 : 2048);
-constexpr u32 TABLES_END = E81B_TABLE + (E81B_STAGES ? (COPIES == 32 ? 65536 : 1024) : 0);
+constexpr u32 ROW_BYTES = 4 * COPIES, TABLE_BYTES = 256 * ROW_BYTES;
+constexpr u32 TABLES_END = TABLES + (2 + E81B_STAGES) * TABLE_BYTES;
 
-// `tables`: at address TABLES. By all threads; no barrier. A thread takes a word; lanes start at different copies of theirs,
+// `tables`: at address TABLES. By all threads; no barrier. A thread takes a row; lanes start at different copies of theirs,
 // so that no two store to the same bank.
 __device__ __forceinline__ void fill_tables(u8* tables) {
   for (int i = threadIdx.x; i < 512 + 256 * E81B_STAGES; i += blockDim.x) {
     const int kind = i >> 8, row = i & 255;
     const u32 word = (kind == 0 ? PATTERNS : kind == 1 ? SIGNS : E81B)[row];
     if (COPIES == 32) {
-      u8* const at = tables + (kind == 2 ? E81B_TABLE - TABLES : 128 * kind) + 256 * row;
 #pragma unroll
       for (int k = 0; k < 8; ++k)
-        *reinterpret_cast<uint4*>(at + 16 * ((k + threadIdx.x) & 7)) = make_uint4(word, word, word, word);
+        *reinterpret_cast<uint4*>(tables + ROW_BYTES * i + 16 * ((k + threadIdx.x) & 7)) = make_uint4(word, word, word, word);
     } else {
       reinterpret_cast<u32*>(tables)[i] = word;
     }
   }
 }
 
-template <int BYTE>
-__device__ __forceinline__ u32 row_of(u32 word, u32 lane_offset) { // lane_offset < 256
-  if (COPIES == 32) return __byte_perm(word, lane_offset, 0x5504 | BYTE << 4);
-  return word >> 8 * BYTE & 255;
-}
-template <u32 BASE>
-__device__ __forceinline__ u32 read_word(u32 at) {
-  u32 word;
-  asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(word) : "r"(at), "n"(BASE));
-  return word;
+// Word of table number TABLE for a byte of `word`. The address is one dot product of bytes: that leaves the integer units,
+// which are the busier ones, to the logic. `lane4`: 4 * lane, or 0 if there is one copy.
+template <int TABLE, int BYTE>
+__device__ __forceinline__ u32 look_up(u32 word, u32 lane4) {
+  u32 at, found;
+  asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(at) : "r"(word), "n"(ROW_BYTES << 8 * BYTE), "r"(lane4));
+  asm("ld.shared.u32 %0, [%1 + %2];" : "=r"(found) : "r"(at), "n"(TABLES + TABLE * TABLE_BYTES));
+  return found;
 }
 // Even and odd nibbles of code number CODE (0 or 1) in a word.
 template <int CODE>
 __device__ __forceinline__ void decode_e8p(u32 word, u32 lane4, u32& even, u32& odd) {
-  u32 pattern = row_of<2 * CODE + 1>(word, lane4), signs = row_of<2 * CODE>(word, lane4);
-  if (COPIES == 32) {
-    pattern = read_word<TABLES>(pattern);
-    signs = read_word<TABLES + 128>(signs);
-  } else {
-    pattern = read_word<TABLES>(4 * pattern);
-    signs = read_word<TABLES + 1024>(4 * signs);
-  }
+  const u32 pattern = look_up<0, 2 * CODE + 1>(word, lane4), signs = look_up<1, 2 * CODE>(word, lane4);
   // One LOP3 each, (a ^ b) & c; left to itself the compiler shares the XOR and takes three.
   asm("lop3.b32 %0, %1, %2, %3, 0x28;" : "=r"(even) : "r"(pattern), "r"(signs), "n"(EVEN));
   asm("lop3.b32 %0, %1, %2, %3, 0x28;" : "=r"(odd) : "r"(pattern), "r"(signs), "n"(ODD));
 }
 template <int CODE> // 0 to 3
 __device__ __forceinline__ void decode_e81b(u32 word, u32 lane4, u32& even, u32& odd) {
-  const u32 row = row_of<CODE>(word, lane4), nibbles = read_word<E81B_TABLE>(COPIES == 32 ? row : 4 * row);
+  const u32 nibbles = look_up<2, CODE>(word, lane4);
   even = nibbles & EVEN;
   odd = nibbles & ODD;
 }

@@ -1,14 +1,15 @@
 // The whole linear for up to 16 tokens: decode, multiply on integer tensor cores, rotate back. The activations come from
 // quantize_input, or, of one token, are rotated and quantized here by every CTA that needs them.
 //
-// A CTA owns some tiles of 16 rows over one slice of the input; its warps share out the units of those, 16 rows by 256
-// columns. Lane (g, t) loads 64 columns of rows g and g + 8, 16 bytes an E8P stage and row: four words of two codes, word
-// j being the A operand of step j. The sums are exact integers, added up in shared memory in any order; a CTA turns its
+// A CTA owns some tiles of 16 rows over one slice of the input; its warps share out the units of those, ROWS tiles by 256
+// columns, and copy the codes into rings of their own in shared memory, DEPTH units ahead. Of a unit lane (g, t) takes 64
+// columns of rows g and g + 8, 16 bytes an E8P stage and row: four words of two codes, word j being the A operand of step j.
+// The sums are exact integers, added up in shared memory in any order; a CTA turns its
 // sums into floats and stores them; the CTA that completes a block of the output rotation adds the slices in their order
 // and finishes the block. So results do not depend on timing, nor on the tokens beside one.
 //
-// Compiled with E8P_STAGES, E81B_STAGES, TILES (of 8 columns: a token is two, its high and low planes), WARPS, CTAS (on
-// a multiprocessor), DEPTH (units loaded ahead), COPIES (of the tables), ALIGNED (16-byte loads are possible).
+// Compiled with E8P_STAGES, E81B_STAGES, TILES (of 8 columns: a token is two, its high and low planes), ROWS, WARPS, CTAS
+// (on a multiprocessor), DEPTH, COPIES (of the tables), ALIGNED (whole tiles and steps, 16-byte copies).
 #include "decode.cuh"
 #include "quantize.cuh"
 
@@ -36,108 +37,150 @@ struct Params {
 };
 
 __device__ __forceinline__ void multiply(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// Weights are read once: they should not push anything out of L1.
-__device__ __forceinline__ void load_e8p(u32 (&w)[4], const u8* at) {
-  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(at));
-}
-__device__ __forceinline__ void load_e81b(u32 (&w)[2], const u8* at) {
-  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v2.u32 {%0,%1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "l"(at));
-}
+// Bytes of codes in a unit: ROWS tiles of 16 rows by 256 columns. A tile's stages come one after another.
+constexpr u32 E8P_BYTES = 1024, E81B_BYTES = 512, TILE_BYTES = E8P_STAGES * E8P_BYTES + E81B_STAGES * E81B_BYTES;
+constexpr u32 UNIT_BYTES = ROWS * TILE_BYTES;
+// Shared memory after the tables: the rings of the warps, DEPTH units each, then what the kernel lays behind.
+constexpr u32 RINGS = TABLES_END, RINGS_END = RINGS + (ALIGNED ? WARPS * DEPTH * UNIT_BYTES : 0);
 
-// The codes of one unit that a lane holds.
+// The codes of one unit that a lane multiplies.
 struct Unit {
-  u32 e8p[E8P_STAGES][2][4];
-  u32 e81b[E81B_STAGES ? E81B_STAGES : 1][2][2];
+  u32 e8p[ROWS][E8P_STAGES][2][4];
+  u32 e81b[ROWS][E81B_STAGES ? E81B_STAGES : 1][2][2];
 };
 
-// Where a lane's next codes lie, from unit to unit.
+// Where the next unit lies: its first code (at most 2^29), its first tile, its number in the slice.
 struct Cursor {
-  u32 at; // number of the first code of row g; at most 2^29
+  u32 at;
   int tile, unit;
 };
-
-#if ALIGNED
-// `units`: those of a tile in which the lane's columns are inside the slice. Outside of it the activations are zeros, so
-// that whatever is in the registers will do.
-__device__ __forceinline__ void load_unit(Unit& w, const Params& p, const Cursor& c, int units) {
-  if (c.unit < units)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const u32 at = c.at + half * 8 * p.row_stride;
-#pragma unroll
-      for (int s = 0; s < E8P_STAGES; ++s)
-        load_e8p(w.e8p[s][half], static_cast<const u8*>(p.codes[s]) + 2ull * at);
-#pragma unroll
-      for (int s = 0; s < E81B_STAGES; ++s)
-        load_e81b(w.e81b[s][half], static_cast<const u8*>(p.codes[E8P_STAGES + s]) + at);
-    }
-}
-#else // rows that are not whole tiles, columns that are not whole steps: code by code
-__device__ inline void load_unit(Unit& w, const Params& p, const Cursor& c, int codes, int row) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const u32 at = c.at + half * 8 * p.row_stride;
-    const int valid = 16 * c.tile + 8 * half + row < p.padded ? codes - 32 * c.unit : 0;
-#pragma unroll
-    for (int s = 0; s < E8P_STAGES; ++s)
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const u16* const code = static_cast<const u16*>(p.codes[s]) + at + 2 * k;
-        w.e8p[s][half][k] = (2 * k < valid ? code[0] : 0) | u32(2 * k + 1 < valid ? code[1] : 0) << 16;
-      }
-#pragma unroll
-    for (int s = 0; s < E81B_STAGES; ++s)
-#pragma unroll
-      for (int k = 0; k < 8; ++k) {
-        const u8* const code = static_cast<const u8*>(p.codes[E8P_STAGES + s]) + at + k;
-        u32& word = w.e81b[s][half][k / 4];
-        word = (k % 4 ? word : 0) | u32(k < valid ? *code : 0) << 8 * (k % 4);
-      }
-  }
-}
-#endif
 
 __device__ __forceinline__ void advance(Cursor& c, int units, const Params& p) {
   c.at += 4 * p.column_stride;
   if (++c.unit == units) {
     c.unit = 0;
-    ++c.tile;
-    c.at += p.tile_stride - 4 * p.column_stride * units;
+    c.tile += ROWS;
+    c.at += ROWS * p.tile_stride - 4 * p.column_stride * units;
   }
 }
 
+#if ALIGNED
+template <int BYTES>
+__device__ __forceinline__ void copy_async(u32 to, const u8* from) { // weights are read once: not through L1 if possible
+  if (BYTES == 16) asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+  else asm volatile("cp.async.ca.shared.global.L2::256B [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
+}
+// A lane copies 64 columns of one row at a time, of the row lane % 16, so that a warp reads consecutive memory. They lie in
+// shared memory by steps of 64 columns, then rows; the rows of a step are exchanged so that the lanes (g, t) that read
+// together, a row or two of every step, find theirs in different banks. `steps`: of 64 columns that the unit has; outside
+// of the slice the activations are zeros, so that whatever is there will do.
+__device__ __forceinline__ void copy_unit(u32 to, const Params& p, const Cursor& c, int tiles, int steps) {
+  const u32 lane = threadIdx.x & 31, row = lane & 15;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int step = (lane >> 4) + 2 * h;
+    const u32 at = c.at + step * p.column_stride + row * p.row_stride;
+    if (step < steps)
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r)
+        if (c.tile + r < tiles) {
+          const u32 code = at + r * p.tile_stride, tile = to + r * TILE_BYTES;
+#pragma unroll
+          for (int s = 0; s < E8P_STAGES; ++s)
+            copy_async<16>(tile + s * E8P_BYTES + 256 * step + (16 * row ^ 32 * step),
+                           static_cast<const u8*>(p.codes[s]) + 2ull * code);
+#pragma unroll
+          for (int s = 0; s < E81B_STAGES; ++s)
+            copy_async<8>(tile + E8P_STAGES * E8P_BYTES + s * E81B_BYTES + 128 * step + (8 * row ^ 32 * step),
+                          static_cast<const u8*>(p.codes[E8P_STAGES + s]) + code);
+        }
+  }
+}
+__device__ __forceinline__ void read_unit(Unit& w, u32 from) {
+  const u32 lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int s = 0; s < E8P_STAGES; ++s) {
+        u32(&v)[4] = w.e8p[r][s][half];
+        const u32 at = from + r * TILE_BYTES + s * E8P_BYTES + 128 * half + 256 * t + (16 * g ^ 32 * t);
+        asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(at) : "memory");
+      }
+#pragma unroll
+      for (int s = 0; s < E81B_STAGES; ++s) {
+        u32(&v)[2] = w.e81b[r][s][half];
+        const u32 at = from + r * TILE_BYTES + E8P_STAGES * E8P_BYTES + s * E81B_BYTES + 128 * t + (8 * g ^ 32 * t ^ 64 * half);
+        asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(at) : "memory");
+      }
+    }
+}
+#else // rows that are not whole tiles, columns that are not whole steps: code by code
+__device__ inline void load_unit(Unit& w, const Params& p, const Cursor& c, int codes) {
+  const int g = threadIdx.x >> 2 & 7, t = threadIdx.x & 3;
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const u32 at = c.at + r * p.tile_stride + (g + 8 * half) * p.row_stride + 8 * t;
+      const int valid = 16 * (c.tile + r) + 8 * half + g < p.padded ? codes - 32 * c.unit - 8 * t : 0;
+#pragma unroll
+      for (int s = 0; s < E8P_STAGES; ++s)
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const u16* const code = static_cast<const u16*>(p.codes[s]) + at + 2 * k;
+          w.e8p[r][s][half][k] = (2 * k < valid ? code[0] : 0) | u32(2 * k + 1 < valid ? code[1] : 0) << 16;
+        }
+#pragma unroll
+      for (int s = 0; s < E81B_STAGES; ++s)
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+          const u8* const code = static_cast<const u8*>(p.codes[E8P_STAGES + s]) + at + k;
+          u32& word = w.e81b[r][s][half][k / 4];
+          word = (k % 4 ? word : 0) | u32(k < valid ? *code : 0) << 8 * (k % 4);
+        }
+    }
+}
+#endif
+
+using Sums = int[ROWS][STAGES][2][TILES][4];
+
 // One step of 64 columns: the words j of both halves against one 16-byte word of activations a tile.
 template <int J>
-__device__ __forceinline__ void multiply_step(int (&sums)[STAGES][2][TILES][4], const Unit& w, const u32 (&x)[TILES][4],
-                                              u32 lane4) {
+__device__ __forceinline__ void multiply_step(Sums& sums, const Unit& w, const u32 (&x)[TILES][4], u32 lane4) {
   u32 even[4], odd[4];
 #pragma unroll
-  for (int s = 0; s < STAGES; ++s) {
-    if (s < E8P_STAGES) {
-      decode_e8p<0>(w.e8p[s < E8P_STAGES ? s : 0][0][J], lane4, even[0], odd[0]);
-      decode_e8p<0>(w.e8p[s < E8P_STAGES ? s : 0][1][J], lane4, even[1], odd[1]);
-      decode_e8p<1>(w.e8p[s < E8P_STAGES ? s : 0][0][J], lane4, even[2], odd[2]);
-      decode_e8p<1>(w.e8p[s < E8P_STAGES ? s : 0][1][J], lane4, even[3], odd[3]);
-    } else {
-      constexpr int CODE = J % 2 * 2;
-      decode_e81b<CODE>(w.e81b[0][0][J / 2], lane4, even[0], odd[0]);
-      decode_e81b<CODE>(w.e81b[0][1][J / 2], lane4, even[1], odd[1]);
-      decode_e81b<CODE + 1>(w.e81b[0][0][J / 2], lane4, even[2], odd[2]);
-      decode_e81b<CODE + 1>(w.e81b[0][1][J / 2], lane4, even[3], odd[3]);
-    }
+  for (int r = 0; r < ROWS; ++r)
 #pragma unroll
-    for (int n = 0; n < TILES; ++n) {
-      multiply(sums[s][0][n], even[0], even[1], even[2], even[3], x[n][0], x[n][1]);
-      multiply(sums[s][1][n], odd[0], odd[1], odd[2], odd[3], x[n][2], x[n][3]);
+    for (int s = 0; s < STAGES; ++s) {
+      if (s < E8P_STAGES) {
+        const u32(&v)[2][4] = w.e8p[r][s < E8P_STAGES ? s : 0];
+        decode_e8p<0>(v[0][J], lane4, even[0], odd[0]);
+        decode_e8p<0>(v[1][J], lane4, even[1], odd[1]);
+        decode_e8p<1>(v[0][J], lane4, even[2], odd[2]);
+        decode_e8p<1>(v[1][J], lane4, even[3], odd[3]);
+      } else {
+        constexpr int CODE = J % 2 * 2;
+        const u32(&v)[2][2] = w.e81b[r][0];
+        decode_e81b<CODE>(v[0][J / 2], lane4, even[0], odd[0]);
+        decode_e81b<CODE>(v[1][J / 2], lane4, even[1], odd[1]);
+        decode_e81b<CODE + 1>(v[0][J / 2], lane4, even[2], odd[2]);
+        decode_e81b<CODE + 1>(v[1][J / 2], lane4, even[3], odd[3]);
+      }
+#pragma unroll
+      for (int n = 0; n < TILES; ++n) {
+        multiply(sums[r][s][0][n], even[0], even[1], even[2], even[3], x[n][0], x[n][1]);
+        multiply(sums[r][s][1][n], odd[0], odd[1], odd[2], odd[3], x[n][2], x[n][3]);
+      }
     }
-  }
 }
 
 // Adds to a counter; what the CTA wrote before its last barrier is then seen by the CTA that completes the count.
@@ -157,23 +200,25 @@ __device__ __forceinline__ void read_activations(u32 (&x)[TILES][4], u32 at, int
         : "r"(at + 512 * n), "r"(lane + 32 * n), "r"(words));
 }
 
-// Add a warp's sums over one tile to the CTA's and start again from zero. [stage][token][row] of the tile at `to`.
-__device__ __forceinline__ void flush(int (&sums)[STAGES][2][TILES][4], u32* to, int tokens, int lane) {
+// Add a warp's sums over the tiles of a unit to the CTA's and start again from zero. [tile][stage][token][row] at `to`.
+__device__ __forceinline__ void flush(Sums& sums, u32* to, int tiles, int tokens, int lane) {
   const int g = lane >> 2, t = lane & 3;
 #pragma unroll
-  for (int s = 0; s < STAGES; ++s)
+  for (int r = 0; r < ROWS; ++r)
 #pragma unroll
-    for (int n = 0; n < TILES; ++n) {
-      int(&e)[4] = sums[s][0][n], (&o)[4] = sums[s][1][n];
-      const int token = 4 * n + t;
-      if (token < tokens) { // odd sums are multiples of 16; unsigned: intermediate values may wrap, the result fits
-        u32* const at = to + (s * tokens + token) * 16 + g;
-        atomicAdd(at, 256u * u32(e[0] + (o[0] >> 4)) + u32(e[1] + (o[1] >> 4)));
-        atomicAdd(at + 8, 256u * u32(e[2] + (o[2] >> 4)) + u32(e[3] + (o[3] >> 4)));
+    for (int s = 0; s < STAGES; ++s)
+#pragma unroll
+      for (int n = 0; n < TILES; ++n) {
+        int(&e)[4] = sums[r][s][0][n], (&o)[4] = sums[r][s][1][n];
+        const int token = 4 * n + t;
+        if (token < tokens && r < tiles) { // odd sums are multiples of 16; unsigned: sums may wrap on the way, not at the end
+          u32* const at = to + ((r * STAGES + s) * tokens + token) * 16 + g;
+          atomicAdd(at, 256u * u32(e[0] + (o[0] >> 4)) + u32(e[1] + (o[1] >> 4)));
+          atomicAdd(at + 8, 256u * u32(e[2] + (o[2] >> 4)) + u32(e[3] + (o[3] >> 4)));
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) e[i] = o[i] = 0;
       }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) e[i] = o[i] = 0;
-    }
 }
 
 // Calls f(number, first row, row after the last, log) for the pieces of the output, up to 256 rows of equal blocks, that
@@ -222,37 +267,29 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
   const int slice = blockIdx.x / p.ctas, cta = blockIdx.x - slice * p.ctas;
   const int start = p.slice_start[slice], length = p.slice_start[slice + 1] - start;
-  const int units = (length + SEGMENT - 1) / SEGMENT; // of a tile
-  const int tiles = (p.padded + 15) / 16;
-  const int tile0 = u32(tiles * cta) / p.ctas, tile1 = u32(tiles * (cta + 1)) / p.ctas;
-  const int all = (tile1 - tile0) * units;
+  const int units = (length + SEGMENT - 1) / SEGMENT; // of ROWS tiles
+  const int tiles = (p.padded + 15) / 16, groups = (tiles + ROWS - 1) / ROWS;
+  const int tile0 = ROWS * (u32(groups * cta) / p.ctas), tile1 = min(ROWS * (u32(groups * (cta + 1)) / p.ctas), tiles);
+  const int all = (tile1 - tile0 + ROWS - 1) / ROWS * units;
   const int first = u32(all * warp) / WARPS, last = u32(all * (warp + 1)) / WARPS;
 
   // Weights depend on nothing: their first loads go out before the activations are there.
-  const int g = lane >> 2, t = lane & 3;
-  Cursor next;
-  next.tile = tile0 + u32(first) / units;
-  next.unit = first - (next.tile - tile0) * units;
-  next.at = next.tile * p.tile_stride + g * p.row_stride;
+  int tile = tile0 + ROWS * (u32(first) / units), unit = first - (tile - tile0) / ROWS * units;
+  Cursor next = {tile * p.tile_stride, tile, unit};
 #if ALIGNED
-  next.at += (start / 64 + 4 * next.unit + t) * p.column_stride;
-  const int lane_units = (length / 64 - t + 3) / 4;
-#else
-  next.at += start / 8 + 32 * next.unit + 8 * t;
-#endif
-  const auto load_next = [&](Unit& w) {
-#if ALIGNED
-    load_unit(w, p, next, lane_units);
-#else
-    load_unit(w, p, next, length / 8 - 8 * t, g);
-#endif
-    advance(next, units, p);
-  };
-  int tile = next.tile, unit = next.unit;
-  Unit weights[DEPTH] = {};
+  next.at += (start / 64 + 4 * unit) * p.column_stride;
+  const u32 ring = RINGS + warp * DEPTH * UNIT_BYTES;
 #pragma unroll
-  for (int d = 0; d < DEPTH; ++d)
-    if (first + d < last) load_next(weights[d]);
+  for (int d = 0; d < DEPTH; ++d) {
+    if (first + d < last) {
+      copy_unit(ring + d * UNIT_BYTES, p, next, tile1, length / 64 - 4 * next.unit);
+      advance(next, units, p);
+    }
+    asm volatile("cp.async.commit_group;");
+  }
+#else
+  next.at += start / 8 + 32 * unit;
+#endif
 
   if (base > TABLES) __trap();
   fill_tables(shared + TABLES);
@@ -261,9 +298,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
     prefetch(static_cast<const u8*>(p.scale_out) + row * (p.scale_dtype == FLOAT32 ? 4 : 2));
     if (p.bias) prefetch(static_cast<const u8*>(p.bias) + row * (p.bias_dtype == FLOAT32 ? 4 : 2));
   }
-  // Shared memory after the tables: activations, ratios, the two words of quantize, sums, flags of output blocks.
+  // Shared memory after the rings: activations, ratios, the two words of quantize, sums, flags of output blocks.
   const int words = 8 * p.tokens; // 16-byte words of activations in a step
-  uint4* const activations = reinterpret_cast<uint4*>(shared + TABLES_END);
+  uint4* const activations = reinterpret_cast<uint4*>(shared + RINGS_END);
   float* const ratios = reinterpret_cast<float*>(activations + 4 * units * words);
   u32* const reduced = reinterpret_cast<u32*>(ratios + 4);
   u32* const sums = reduced + 2;
@@ -276,22 +313,29 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
     const uint4* const planes = p.planes + (long long)((start >> 8) + slice) * 4 * words;
     for (int i = threadIdx.x; i < 4 * units * words; i += 32 * WARPS) activations[i] = planes[i];
   } else {
-    for (int k = start + 32 * threadIdx.x; k < min(start + length, p.columns); k += 32 * 32 * WARPS)
-      prefetch(static_cast<const u8*>(p.scale_in) + k * (p.scale_dtype == FLOAT32 ? 4 : 2));
-    const Input input = {p.x, p.scale_in, 0, p.x_dtype, p.scale_dtype, p.columns};
     Values<WARPS> values;
     Segment segments[values.COUNT];
+    float scales[values.COUNT][8];
 #pragma unroll
-    for (int s = 0; s < values.COUNT; ++s)
+    for (int s = 0; s < values.COUNT; ++s) {
       segments[s] = find_segment(p.in_runs, start, start + length, warp + s * WARPS);
+      const int k = segments[s].begin + 8 * lane;
+      if (segments[s].begin >= 0) load8(scales[s], p.scale_in, k, min(segments[s].end, p.columns), p.scale_dtype);
+    }
     __syncthreads(); // the zeros
     wait_for_previous();
 #pragma unroll
     for (int s = 0; s < values.COUNT; ++s) {
-      values.at[s] = -1;
       const int k = segments[s].begin + 8 * lane;
+      if (segments[s].begin >= 0) load8(values.v[s], p.x, k, min(segments[s].end, p.columns), p.x_dtype);
+    }
+#pragma unroll
+    for (int s = 0; s < values.COUNT; ++s) {
+      values.at[s] = -1;
       if (segments[s].begin < 0) continue;
-      input(values.v[s], k, segments[s].end);
+      const int k = segments[s].begin + 8 * lane;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) values.v[s][i] *= scales[s][i];
       hadamard_segment(values.v[s], segments[s].log);
 #pragma unroll
       for (int i = 0; i < 8; ++i) values.v[s][i] *= hadamard_norm(segments[s].log);
@@ -301,32 +345,45 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
   }
   __syncthreads();
 
-  int acc[STAGES][2][TILES][4] = {};
+  Sums acc = {};
   u32 x[TILES][4] = {};
-  u32 lane4 = 4 * lane;
+  u32 lane4 = COPIES == 32 ? 4 * lane : 0;
   asm volatile("" : "+r"(lane4)); // kept in a register
   const u32 of_lane = u32(__cvta_generic_to_shared(activations)) + 16 * lane, step = 16 * words;
-  for (int i = first; i < last; i += DEPTH)
-#pragma unroll
-    for (int d = 0; d < DEPTH; ++d)
-      if (i + d < last) {
-        const u32 at = of_lane + unit * 4 * step;
-        read_activations(x, at, words, lane);
-        multiply_step<0>(acc, weights[d], x, lane4);
-        read_activations(x, at + step, words, lane);
-        multiply_step<1>(acc, weights[d], x, lane4);
-        read_activations(x, at + 2 * step, words, lane);
-        multiply_step<2>(acc, weights[d], x, lane4);
-        read_activations(x, at + 3 * step, words, lane);
-        multiply_step<3>(acc, weights[d], x, lane4);
-        if (i + d + DEPTH < last) load_next(weights[d]);
-        if (++unit == units) {
-          flush(acc, sums + (tile - tile0) * STAGES * p.tokens * 16, p.tokens, lane);
-          unit = 0;
-          ++tile;
-        }
-      }
-  if (unit && first < last) flush(acc, sums + (tile - tile0) * STAGES * p.tokens * 16, p.tokens, lane);
+  u32 slot = 0;
+#pragma unroll 1
+  for (int i = first; i < last; ++i) {
+    Unit w;
+#if ALIGNED
+    asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 1) : "memory");
+    __syncwarp();
+    read_unit(w, ring + slot);
+    __syncwarp(); // all have read: the next unit may come
+    if (i + DEPTH < last) {
+      copy_unit(ring + slot, p, next, tile1, length / 64 - 4 * next.unit);
+      advance(next, units, p);
+    }
+    asm volatile("cp.async.commit_group;");
+    slot = slot == (DEPTH - 1) * UNIT_BYTES ? 0 : slot + UNIT_BYTES;
+#else
+    load_unit(w, p, next, length / 8);
+    advance(next, units, p);
+#endif
+    const u32 at = of_lane + unit * 4 * step;
+    read_activations(x, at, words, lane);
+    multiply_step<0>(acc, w, x, lane4);
+    read_activations(x, at + step, words, lane);
+    multiply_step<1>(acc, w, x, lane4);
+    read_activations(x, at + 2 * step, words, lane);
+    multiply_step<2>(acc, w, x, lane4);
+    read_activations(x, at + 3 * step, words, lane);
+    multiply_step<3>(acc, w, x, lane4);
+    if (++unit == units || i + 1 == last) {
+      flush(acc, sums + (tile - tile0) * STAGES * p.tokens * 16, tile1 - tile, p.tokens, lane);
+      unit = 0;
+      tile += ROWS;
+    }
+  }
   __syncthreads();
 
   each_piece(p.runs, row0, row1, [&](int piece, int begin, int end, int) {
