@@ -22,6 +22,7 @@ from torch import Tensor
 from eightfold.cuda.driver import Kernel, arch, load, max_shared, sm_count
 from eightfold.cuda.driver import device_index as _index
 from eightfold.cuda.plan import (
+    ALONE_TOKENS,
     MATVEC_TOKENS,
     MAX_FEATURES,
     MAX_RUNS,
@@ -174,7 +175,7 @@ def _decode(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
     stream = torch.cuda.current_stream(device).cuda_stream
     blocks, finishes = block_count(weight.out_blocks), _longest(weight.out_blocks) <= UNIT
     counters = 0
-    if tokens == 1 and plan.alone and finishes:
+    if tokens <= ALONE_TOKENS and plan.alone and finishes:
         counters = _counters(device, stream, blocks)
     alone = counters != 0
     each = 4 * plan.count * tokens
@@ -191,10 +192,11 @@ def _decode(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
         counters = zeros
         _quantize(x, weight, plan, [*quantized, counters], blocks, stream)
     params = struct.pack(
-        f"<{weight.stages.count + 11}Q3I11i",
+        f"<{weight.stages.count + 11}Qq3I11i",
         *(c.data_ptr() for c in weight.codes), x.data_ptr(), weight.scale_in.data_ptr(), *quantized,
         partial, counters if finishes else 0, weight.ratios.data_ptr(), weight.scale_out.data_ptr(), _address(bias),
         y.data_ptr(),
+        x.stride(0),
         *weight.strides,
         DTYPES[x.dtype], DTYPES[y.dtype], DTYPES[weight.scale_out.dtype], 0 if bias is None else DTYPES[bias.dtype],
         tokens, len(weight.scale_in), len(weight.scale_out), weight.padded_out, pitch, plan.count, plan.ctas,

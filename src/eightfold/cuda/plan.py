@@ -17,6 +17,7 @@ MAX_RUNS, MAX_SLICES = 96, 64  # as common.cuh has them
 MAX_SLICE = 4096  # columns; the sums of that many products, 11 * 32600 at most each, fit an int32
 MAX_FEATURES = 65536  # of either side
 MATVEC_TOKENS = 16  # most tokens of one launch of matvec
+ALONE_TOKENS = 8  # most tokens that matvec rotates by itself; from two on, in slices of half the length
 RESERVED = 1024  # bytes of shared memory that CUDA keeps of every CTA
 MANY_COPIES = 160 << 10  # bytes of shared memory from which the decode tables have a copy for every lane
 TWO_CTAS = 224 << 10  # and from which two CTAs with such tables share a multiprocessor
@@ -93,19 +94,19 @@ class Variant:
     def shared_bytes(self, units: int, tiles: int, tokens: int) -> int:
         """Shared memory of a CTA with `tiles` tiles of rows over `units` units of columns."""
         activations = units * 4 * 8 * tokens * 16
-        sums = tiles * self.stages.count * tokens * TILE * 4 + 24
-        blocks = 4 * (tiles * TILE // UNIT + 3 + MAX_RUNS)
-        return self.fixed_bytes + activations + sums + blocks
+        sums = tiles * self.stages.count * tokens * TILE * 4
+        pieces = 20 * (tiles * TILE // UNIT + 2 + MAX_RUNS) + 4
+        return self.fixed_bytes + activations + pieces + 12 * tokens + sums
 
 
 def variant(stages: Stages, tiles: int, shared: int, aligned: bool) -> Variant:
     """The matvec for up to 4 * `tiles` tokens where a CTA can have `shared` bytes of shared memory: what measured fastest
     on an H200 among those whose warps find their registers (65,536 a multiprocessor) without spilling."""
     many = shared >= MANY_COPIES
-    rows = 2 if stages.count * tiles <= 2 or stages.count == 1 else 1
+    rows = 2 if stages.count == 1 or (stages.e81b and stages.count * tiles == 2) else 1
     if tiles == 1 and shared >= TWO_CTAS and not stages.e81b:
         warps, ctas = 8, 2
-    elif many and stages.count * tiles <= 8 and (shared >= TWO_CTAS or not stages.e81b):
+    elif many and stages.count * tiles <= (6 if tiles == 2 else 8) and (shared >= TWO_CTAS or not stages.e81b):
         warps, ctas = 16, 1
     else:
         warps, ctas = 8, 1
@@ -205,10 +206,11 @@ def make_plan(
     groups = -(-tiles // variant.rows)
     limit = variant.shared_limit(shared)
     best: tuple[float, Plan] | None = None
-    least = -(-total // MAX_SLICE)
+    longest = MAX_SLICE // (2 if 1 < tokens <= ALONE_TOKENS else 1)
+    least = -(-total // longest)
     for wanted in range(least, min(MAX_SLICES, 2 * least + 30) + 1):
         slices = _even(cuts, total, wanted)
-        if any(b - a > MAX_SLICE for a, b in pairwise(slices)) or len(slices) > MAX_SLICES + 1:
+        if any(b - a > longest for a, b in pairwise(slices)) or len(slices) > MAX_SLICES + 1:
             continue
         units = max(-(-(b - a) // UNIT) for a, b in pairwise(slices))
         count = len(slices) - 1
@@ -225,7 +227,7 @@ def make_plan(
         chunks = _chunks(slices, blocks)
         cost = _cost(variant, waves, share, units, count) + (len(chunks) <= count)
         alone = len(chunks) == len(slices) and max(blocks[::2]) <= UNIT
-        alone = alone and all(_segments(blocks, *borders) <= MAX_SLICE // UNIT for borders in pairwise(slices))
+        alone = alone and all(_segments(blocks, *borders) <= longest // UNIT for borders in pairwise(slices))
         plan = Plan(slices, chunks, ctas, alone)
         if best is None or cost < best[0]:
             best = cost, plan

@@ -14,10 +14,12 @@
 #include "quantize.cuh"
 
 constexpr int STAGES = E8P_STAGES + E81B_STAGES;
+constexpr int ALONE = TILES == 1 ? 1 : TILES == 2 ? 8 : 0; // most tokens that it can rotate by itself
+constexpr int ALONE_SEGMENTS = MAX_SLICE / SEGMENT / (ALONE > 1 ? 2 : 1); // of a slice, then
 
 struct Params {
   const void* codes[STAGES]; // in the order that the strides below say
-  const void* x;             // one token [columns], if it is to be rotated and quantized here
+  const void* x;             // up to ALONE tokens [columns], x_stride apart, to be rotated and quantized here
   const void* scale_in;      // [columns]
   const uint4* planes;       // else from quantize_input, with its scales and sums; null
   const float* scales;
@@ -28,6 +30,7 @@ struct Params {
   const void* scale_out;     // [features]
   const void* bias;          // [features] or null
   void* y;                   // [tokens, features]
+  long long x_stride;
   // Codes from row to row of a tile, from 64 columns to the next, from tile to tile: the file's rows of codes, or tiles
   // of 16 rows in which 16 rows by 64 columns lie together.
   u32 row_stride, column_stride, tile_stride;
@@ -221,40 +224,43 @@ __device__ __forceinline__ void flush(Sums& sums, u32* to, int tiles, int tokens
       }
 }
 
-// Calls f(number, first row, row after the last, log) for the pieces of the output, up to 256 rows of equal blocks, that
-// share rows with [begin, end).
-template <class F>
-__device__ __forceinline__ void each_piece(const Runs& runs, int begin, int end, F f) {
-  int before = 0;
+// A piece of the output: up to 256 rows of equal blocks, [begin, end), finished by one warp.
+struct alignas(16) Piece {
+  int number, begin, end, log;
+};
+
+// The pieces that share rows with [begin, end); returns how many.
+__device__ __forceinline__ int find_pieces(const Runs& runs, int begin, int end, Piece* pieces) {
+  int before = 0, found = 0;
   for (int r = 0; r < runs.count; ++r) {
-    const int low = runs.start[r], high = runs.start[r + 1], log = runs.log[r];
+    const int low = runs.start[r], high = runs.start[r + 1];
     const int from = max(low, begin), to = min(high, end);
     if (from < to)
       for (int i = (from - low) / SEGMENT; i <= (to - 1 - low) / SEGMENT; ++i)
-        f(before + i, low + i * SEGMENT, min(low + (i + 1) * SEGMENT, high), log);
+        pieces[found++] = {before + i, low + i * SEGMENT, min(low + (i + 1) * SEGMENT, high), runs.log[r]};
     before += (high - low + SEGMENT - 1) / SEGMENT;
   }
+  return found;
 }
 
-// Rows [begin, end), piece number `piece` of the output, of one token: the slices are complete. Add them, transform, scale,
-// add the bias, store. By one warp.
-__device__ __forceinline__ void finish(const Params& p, int piece, int begin, int end, int log, int token) {
-  const int lane = threadIdx.x & 31, row = begin + 8 * lane, stop = min(end, p.features);
+// One piece of one token, whose slices are complete: add them, transform, scale, add the bias, store. By one warp.
+__device__ __forceinline__ void finish(const Params& p, const Piece& piece, int token) {
+  const int lane = threadIdx.x & 31, row = piece.begin + 8 * lane, stop = min(piece.end, p.features);
   float scale[8]; // before the slices: it need not wait for them
   load8(scale, p.scale_out, row, stop, p.scale_dtype);
   float v[8] = {};
   const float4* partial =
-      reinterpret_cast<const float4*>(p.partial + (long long)token * p.pitch + piece * SEGMENT + 8 * lane);
+      reinterpret_cast<const float4*>(p.partial + (long long)token * p.pitch + piece.number * SEGMENT + 8 * lane);
 #pragma unroll 2
   for (int s = 0; s < p.slices; ++s, partial += (long long)p.tokens * p.pitch / 4) {
     const float4 a = __ldcg(partial), b = __ldcg(partial + 1); // written by other CTAs: not from L1
     v[0] += a.x, v[1] += a.y, v[2] += a.z, v[3] += a.w, v[4] += b.x, v[5] += b.y, v[6] += b.z, v[7] += b.w;
   }
-  hadamard_segment(v, log); // what lies behind `end` is in blocks of its own
+  hadamard_segment(v, piece.log); // what lies behind `end` is in blocks of its own
   float bias[8] = {};
   if (p.bias) load8(bias, p.bias, row, stop, p.bias_dtype);
 #pragma unroll
-  for (int k = 0; k < 8; ++k) v[k] = v[k] * hadamard_norm(log) * scale[k] + bias[k];
+  for (int k = 0; k < 8; ++k) v[k] = v[k] * hadamard_norm(piece.log) * scale[k] + bias[k];
   const long long out = (long long)token * p.features;
   store8(p.y, out + row, out + stop, p.y_dtype, v);
 }
@@ -298,27 +304,41 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
     prefetch(static_cast<const u8*>(p.scale_out) + row * (p.scale_dtype == FLOAT32 ? 4 : 2));
     if (p.bias) prefetch(static_cast<const u8*>(p.bias) + row * (p.bias_dtype == FLOAT32 ? 4 : 2));
   }
-  // Shared memory after the rings: activations, ratios, the two words of quantize, sums, flags of output blocks.
+  // Shared memory after the rings: activations; the output's pieces; of every token largest magnitude, sum and scale;
+  // sums; flags of pieces.
+  const int most = (tile1 - tile0) / 16 + 2 + MAX_RUNS; // pieces: whole ones, parts of two, a short one for each run
   const int words = 8 * p.tokens; // 16-byte words of activations in a step
   uint4* const activations = reinterpret_cast<uint4*>(shared + RINGS_END);
-  float* const ratios = reinterpret_cast<float*>(activations + 4 * units * words);
-  u32* const reduced = reinterpret_cast<u32*>(ratios + 4);
-  u32* const sums = reduced + 2;
+  Piece* const pieces = reinterpret_cast<Piece*>(activations + 4 * units * words);
+  u32* const reduced = reinterpret_cast<u32*>(pieces + most);
+  float* const factors = reinterpret_cast<float*>(reduced + 2 * p.tokens);
+  u32* const sums = reduced + 3 * p.tokens;
   u32* const done = sums + (tile1 - tile0) * STAGES * p.tokens * 16;
-  if (threadIdx.x < STAGES) ratios[threadIdx.x] = 0.25f * p.ratios[threadIdx.x];
-  for (int i = threadIdx.x; i < (tile1 - tile0) * STAGES * p.tokens * 16 + 2; i += 32 * WARPS) reduced[i] = 0;
-  float scale = 0;
+  if (threadIdx.x == 32 * WARPS - 1) done[most] = find_pieces(p.runs, row0, row1, pieces);
+  float ratios[STAGES];
+#pragma unroll
+  for (int s = 0; s < STAGES; ++s) ratios[s] = 0.25f * p.ratios[s];
+  for (int i = threadIdx.x; i < 3 * p.tokens + (tile1 - tile0) * STAGES * p.tokens * 16; i += 32 * WARPS) reduced[i] = 0;
   if (p.planes) {
+    __syncthreads(); // the zeros
     wait_for_previous();
     const uint4* const planes = p.planes + (long long)((start >> 8) + slice) * 4 * words;
     for (int i = threadIdx.x; i < 4 * units * words; i += 32 * WARPS) activations[i] = planes[i];
-  } else {
-    Values<WARPS> values;
+    if (threadIdx.x < p.tokens) {
+      const int at = threadIdx.x * p.slices + slice;
+      reduced[2 * threadIdx.x + 1] = p.sums[at];
+      factors[threadIdx.x] = p.scales[at];
+    }
+  } else if constexpr (ALONE > 0) {
+    constexpr int GROUP = WARPS / (ALONE > 0 ? ALONE : 1); // warps that share a token
+    const int token = warp / GROUP;
+    Values<GROUP, ALONE_SEGMENTS> values;
     Segment segments[values.COUNT];
     float scales[values.COUNT][8];
 #pragma unroll
     for (int s = 0; s < values.COUNT; ++s) {
-      segments[s] = find_segment(p.in_runs, start, start + length, warp + s * WARPS);
+      segments[s] = find_segment(p.in_runs, start, start + length, warp % GROUP + s * GROUP);
+      if (token >= p.tokens) segments[s].begin = -1;
       const int k = segments[s].begin + 8 * lane;
       if (segments[s].begin >= 0) load8(scales[s], p.scale_in, k, min(segments[s].end, p.columns), p.scale_dtype);
     }
@@ -326,8 +346,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
     wait_for_previous();
 #pragma unroll
     for (int s = 0; s < values.COUNT; ++s) {
+      const long long row = token * p.x_stride;
       const int k = segments[s].begin + 8 * lane;
-      if (segments[s].begin >= 0) load8(values.v[s], p.x, k, min(segments[s].end, p.columns), p.x_dtype);
+      if (segments[s].begin >= 0) load8(values.v[s], p.x, row + k, row + min(segments[s].end, p.columns), p.x_dtype);
     }
 #pragma unroll
     for (int s = 0; s < values.COUNT; ++s) {
@@ -341,7 +362,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
       for (int i = 0; i < 8; ++i) values.v[s][i] *= hadamard_norm(segments[s].log);
       if (k < segments[s].end) values.at[s] = k - start;
     }
-    scale = quantize(values, length, activations, 1, 0, reduced);
+    const float scale = quantize(values, length, activations, p.tokens, token, reduced + 2 * token);
+    if (lane == 0 && token < p.tokens) factors[token] = scale;
   }
   __syncthreads();
 
@@ -386,39 +408,36 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
   }
   __syncthreads();
 
-  each_piece(p.runs, row0, row1, [&](int piece, int begin, int end, int) {
-    for (int row = max(begin, row0) + threadIdx.x; row < min(end, row1); row += 32 * WARPS)
+  const int count = done[most];
+  for (int n = 0; n < count; ++n) {
+    const Piece piece = pieces[n];
+    for (int row = max(piece.begin, row0) + threadIdx.x; row < min(piece.end, row1); row += 32 * WARPS)
       for (int token = 0; token < p.tokens; ++token) {
-        const int at = token * p.slices + slice, i = row - row0;
-        const u32 total = p.planes ? p.sums[at] : reduced[1];
-        const float factor = p.planes ? p.scales[at] : scale;
+        const int i = row - row0;
         float v = 0;
 #pragma unroll
         for (int s = 0; s < STAGES; ++s) {
           const u32 u = sums[(((i >> 4) * STAGES + s) * p.tokens + token) * 16 + (i & 15)];
-          v += ratios[s] * float(int(2 * u - (s < E8P_STAGES ? 15 : 16) * total));
+          v += ratios[s] * float(int(2 * u - (s < E8P_STAGES ? 15 : 16) * reduced[2 * token + 1]));
         }
-        p.partial[((long long)slice * p.tokens + token) * p.pitch + (p.counters ? piece * SEGMENT + row - begin : row)] =
-            v * factor;
+        p.partial[((long long)slice * p.tokens + token) * p.pitch +
+                  (p.counters ? piece.number * SEGMENT + row - piece.begin : row)] = v * factors[token];
       }
-  });
+  }
   if (!p.counters) return; // rotate_output does the rest
   __syncthreads();
-  int number = 0;
-  each_piece(p.runs, row0, row1, [&](int piece, int begin, int end, int) {
-    if (threadIdx.x == number) {
-      const u32 mine = min(end, row1) - max(begin, row0);
-      done[number] = arrive(p.counters + piece, mine) + mine == u32(p.slices * (end - begin));
-      if (done[number]) p.counters[piece] = 0; // as the next launch wants it
-    }
-    ++number;
-  });
+  for (int n = threadIdx.x; n < count; n += 32 * WARPS) {
+    const Piece piece = pieces[n];
+    u32* const counter = p.counters + piece.number;
+    const u32 mine = min(piece.end, row1) - max(piece.begin, row0);
+    const bool last_one = arrive(counter, mine) + mine == u32(p.slices * (piece.end - piece.begin));
+    done[n] = last_one;
+    if (last_one) *counter = 0; // as the next launch wants it
+  }
   __syncthreads();
-  number = 0;
   int turn = 0; // of the warps: pieces are finished side by side
-  each_piece(p.runs, row0, row1, [&](int piece, int begin, int end, int log) {
-    if (!done[number++]) return;
-    for (int token = 0; token < p.tokens; ++token)
-      if (turn++ % WARPS == warp) finish(p, piece, begin, end, log, token);
-  });
+  for (int n = 0; n < count; ++n)
+    if (done[n])
+      for (int token = 0; token < p.tokens; ++token)
+        if (turn++ % WARPS == warp) finish(p, pieces[n], token);
 }

@@ -10,10 +10,11 @@ constexpr int MAX_SLICE = 4096; // coordinates
 // Largest |integer|: with it the high plane, (i + 128) >> 8, stays within 8 bits.
 constexpr float TOP = 32600.f;
 
-// What a CTA of so many warps holds of a slice: eight coordinates a lane and segment, from `at` on; at < 0: none.
-template <int CTA_WARPS>
+// What one of the GROUP warps that share a token holds of a slice of up to SEGMENTS segments: eight coordinates a lane and
+// segment, from `at` on; at < 0: none.
+template <int GROUP, int SEGMENTS>
 struct Values {
-  static constexpr int COUNT = (MAX_SLICE / SEGMENT + CTA_WARPS - 1) / CTA_WARPS;
+  static constexpr int COUNT = (SEGMENTS + GROUP - 1) / GROUP, THREADS_A_TOKEN = 32 * GROUP;
   float v[COUNT][8];
   int at[COUNT];
 };
@@ -35,11 +36,12 @@ struct Input {
   }
 };
 
-// Quantize one slice of one token into its planes; returns the scale. reduced[0], the largest magnitude, and reduced[1],
-// the sum of the integers, are zero before; the sum is there after the caller's next barrier.
-template <int CTA_WARPS>
-__device__ __forceinline__ float quantize(const Values<CTA_WARPS>& values, int length, uint4* planes, int tokens,
-                                          int token, u32* reduced) {
+// Quantize one slice of one token, if there is one of that number, into its planes; returns the scale. By all threads of
+// the CTA. reduced[0], the largest magnitude, and reduced[1], the sum of the integers, are zero before; the sum is there
+// after the caller's next barrier.
+template <class V>
+__device__ __forceinline__ float quantize(const V& values, int length, uint4* planes, int tokens, int token,
+                                          u32* reduced) {
   const int lane = threadIdx.x & 31;
   u32 largest = 0; // bits of magnitudes compare like values, and NaN is above infinity
 #pragma unroll
@@ -50,6 +52,7 @@ __device__ __forceinline__ float quantize(const Values<CTA_WARPS>& values, int l
   largest = __reduce_max_sync(0xffffffffu, largest);
   if (lane == 0) atomicMax(reduced, largest);
   __syncthreads();
+  if (token >= tokens) return 0;
   largest = reduced[0];
   const float top = __uint_as_float(largest);
   const bool usable = top > 1e-30f && largest < 0x7f800000u;
@@ -77,7 +80,8 @@ __device__ __forceinline__ float quantize(const Values<CTA_WARPS>& values, int l
       store(values.at[s], words);
     }
   const u32 none[4] = {};
-  for (int k = length + 8 * threadIdx.x; k < (length + SEGMENT - 1) / SEGMENT * SEGMENT; k += 8 * 32 * CTA_WARPS)
+  for (int k = length + 8 * (threadIdx.x % V::THREADS_A_TOKEN); k < (length + SEGMENT - 1) / SEGMENT * SEGMENT;
+       k += 8 * V::THREADS_A_TOKEN)
     store(k, none);
   sum = __reduce_add_sync(0xffffffffu, sum);
   if (lane == 0) atomicAdd(reduced + 1, u32(sum));

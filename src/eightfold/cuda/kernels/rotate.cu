@@ -61,7 +61,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) quantize_input(const __gri
   }
   for (int slice = first; slice < last; ++slice, reduced += 2) {
     const int start = p.slice_start[slice], length = p.slice_start[slice + 1] - start;
-    Values<THREADS / 32> values;
+    Values<THREADS / 32, MAX_SLICE / SEGMENT> values;
 #pragma unroll
     for (int s = 0; s < values.COUNT; ++s) {
       const int k = SEGMENT * (warp + s * THREADS / 32) + 8 * lane;
