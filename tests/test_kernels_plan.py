@@ -195,7 +195,7 @@ def test_constants_are_those_of_the_kernels():
     )
     ours = {"SEGMENT": UNIT, "MAX_RUNS": MAX_RUNS, "MAX_SLICES": MAX_SLICES, "MAX_SLICE": MAX_SLICE}
     assert {name: int(constants[name]) for name in ours} == ours
-    assert f"THREADS = {host._THREADS};" in source("rotate.cu")
+    assert f"THREADS = {rotations.THREADS};" in source("rotate.cu")
     assert 11 * 32600 * MAX_SLICE < 1 << 31
     enum = re.search(r"enum Dtype {(.*?)}", source("common.cuh"))[1]
     assert dict(re.findall(r"(\w+) = (\d)", enum)) == {"FLOAT16": "0", "BFLOAT16": "1", "FLOAT32": "2"}
