@@ -208,33 +208,35 @@ extern "C" __global__ void __launch_bounds__(256, 3) rotate_output(const __grid_
   }
   wait_for_previous();
   if (segment.begin < 0) return;
-  const auto finish = [&](float(&v)[8], int token, float divisor) {
+  const auto finish = [&](float(&v)[8], int token) {
     const long long out = (long long)token * p.features;
+    const float divisor = p.divisors ? p.divisors[token] : 1.f; // there before the transform is done
     transform(v, b);
-    float bias[8] = {};
-    if (p.bias) load8(bias, p.bias, k, stop, p.bias_dtype);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = v[i] * divisor * scale[i] + bias[i];
+    for (int i = 0; i < 8; ++i) v[i] *= divisor * scale[i];
+    if (p.bias) {
+      float bias[8];
+      load8(bias, p.bias, k, stop, p.bias_dtype);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] += bias[i];
+    }
     store8(p.y, out + k, out + stop, p.y_dtype, v);
   };
   if (p.x_dtype == FLOAT32) {
     for (int token = blockIdx.x; token < p.tokens; token += gridDim.x) {
-      const float divisor = p.divisors ? p.divisors[token] : 1.f;
       float v[8];
       load_sum(v, p, token, k - p.begin, limit - p.begin);
-      finish(v, token, divisor);
+      finish(v, token);
     }
     return;
   }
   for (int first = blockIdx.x; first < p.tokens; first += ITEMS * gridDim.x) {
     uint4 packed[ITEMS];
-    float divisors[ITEMS];
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
       const int token = min(first + i * int(gridDim.x), p.tokens - 1);
-      const long long row = token * p.x_stride - p.begin;
-      packed[i] = load8_packed(p.x, row + k, row + limit);
-      divisors[i] = p.divisors ? p.divisors[token] : 1.f;
+      const long long row = token * p.x_stride + (k - p.begin);
+      packed[i] = load8_packed(p.x, row, row + (limit - k));
     }
 #pragma unroll
     for (int i = 0; i < ITEMS; ++i) {
@@ -242,7 +244,7 @@ extern "C" __global__ void __launch_bounds__(256, 3) rotate_output(const __grid_
       if (token >= p.tokens) return;
       float v[8];
       unpack8(v, packed[i], p.x_dtype);
-      finish(v, token, divisors[i]);
+      finish(v, token);
     }
   }
 }
