@@ -1,9 +1,9 @@
 """`eightfold::linear` on a GPU: which kernels run for how many tokens, with what workspace.
 
 Up to 16 tokens: matvec, which reads the codes once; quantize_input before it, unless matvec can do that itself (one
-token). Up to MOST_MATVEC: the same for every 16. More: the weight is decoded to float16, at most DENSE_BYTES of it at a
-time, and cuBLAS multiplies (dense.py). Everything is queued on the current stream; memory comes from PyTorch's pool. Within 1-4,
-5-8 and 9-16 tokens (the last of every 16 too) a token's result does not depend on the others; above MOST_MATVEC that is
+token). Up to MOST_MATVEC: the same for every 16. More: the weight is decoded to float16, piece after piece, and cuBLAS
+multiplies (dense.py). Everything is queued on the current stream; memory comes from PyTorch's pool. Within 1-4, 5-8 and
+9-16 tokens (the last of every 16 too) a token's result does not depend on the others; above MOST_MATVEC that is
 cuBLAS's affair.
 """
 
