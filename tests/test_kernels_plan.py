@@ -8,7 +8,7 @@ import ctypes
 import logging
 import random
 import re
-from itertools import pairwise
+from itertools import chain, pairwise
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -17,8 +17,10 @@ import torch
 from packing import random_packed
 
 from eightfold import linear as layers
+from eightfold.cuda import dense
 from eightfold.cuda import linear as host
 from eightfold.cuda import plan as planning
+from eightfold.cuda import rotate as rotations
 from eightfold.cuda.compiler import KERNELS
 from eightfold.cuda.linear import MOST_MATVEC, Weight, can_tile, tile, untile
 from eightfold.cuda.plan import (
@@ -42,7 +44,7 @@ from eightfold.cuda.plan import (
 )
 from eightfold.format import LayerSpec
 from eightfold.linear import QuantLinear
-from eightfold.rotation import IN_FLOOR, layout_blocks, run_lengths
+from eightfold.rotation import IN_FLOOR, layout_blocks, rotate, run_lengths
 
 DEVICES = {32: (132, 232448), 1: (128, 101376)}  # copies: multiprocessors, shared memory
 BIASES = {None: 0, "float16": 0, "bfloat16": 1, "float32": 2}
@@ -79,6 +81,8 @@ STRUCTS = {
     "quantize_input": ("rotate.cu", "QuantizeParams"),
     "rotate_input": ("rotate.cu", "RotateParams"),
     "rotate_output": ("rotate.cu", "RotateParams"),
+    "rotate_wide_input": ("rotate.cu", "RotateParams"),
+    "rotate_wide_output": ("rotate.cu", "RotateParams"),
     "matvec": ("matvec.cu", "Params"),
     "dequantize": ("dequantize.cu", "Params"),
 }
@@ -143,11 +147,13 @@ def gpu(monkeypatch):
         fake.pieces = list(zip(found[1], sizes, strict=True))
         return found
 
-    monkeypatch.setattr(host, "load", fake.load)
     monkeypatch.setattr(host, "arch", lambda device: fake.arch)
-    monkeypatch.setattr(host, "sm_count", lambda device: fake.processors)
-    monkeypatch.setattr(host, "max_shared", lambda device: fake.shared)
-    monkeypatch.setattr(host, "_index", lambda device: 0)
+    for module in (host, rotations, dense):
+        monkeypatch.setattr(module, "load", fake.load)
+        monkeypatch.setattr(module, "sm_count", lambda device: fake.processors)
+        monkeypatch.setattr(module, "_index", lambda device: 0)
+    for module in (host, rotations):
+        monkeypatch.setattr(module, "max_shared", lambda device: fake.shared)
     monkeypatch.setattr(host, "_workspace", recorded)
     monkeypatch.setattr(host._Counters, "_zeros", lambda self, count: torch.zeros(count, dtype=torch.int32))
     monkeypatch.setattr(torch.cuda, "current_stream", fake.current_stream)
@@ -195,7 +201,7 @@ def test_constants_are_those_of_the_kernels():
     )
     ours = {"SEGMENT": UNIT, "MAX_RUNS": MAX_RUNS, "MAX_SLICES": MAX_SLICES, "MAX_SLICE": MAX_SLICE}
     assert {name: int(constants[name]) for name in ours} == ours
-    assert f"THREADS = {host._THREADS};" in source("rotate.cu")
+    assert f"THREADS = {rotations.THREADS};" in source("rotate.cu")
     assert 11 * 32600 * MAX_SLICE < 1 << 31
     enum = re.search(r"enum Dtype {(.*?)}", source("common.cuh"))[1]
     assert dict(re.findall(r"(\w+) = (\d)", enum)) == {"FLOAT16": "0", "BFLOAT16": "1", "FLOAT32": "2"}
@@ -589,23 +595,24 @@ def test_wide_output_blocks_take_a_launch_more(gpu, tokens, out_blocks, copies):
     packed = packed_for(n, out_blocks=out_blocks, bias="bfloat16", scale=torch.float32)
     weight, x = weight_of(packed), activations(tokens)
     y = host.linear(x, weight, packed.bias)
-    assert gpu.names() == ["quantize_input", "matvec", "rotate_output"]
-    quantize, matvec, rotate = gpu.launches
+    assert gpu.names() == ["quantize_input", "matvec", "rotate_wide_output"]
+    quantize, matvec, launch = gpu.launches
     plan = host._plan(weight, host._variant(weight, matvec.defines["TILES"], 0), 0)
     check_matvec(matvec, x, weight, packed.bias, plan)
     check_quantize(quantize, x, weight, plan, matvec.p)
     check_workspace(gpu, matvec.p, plan, weight, tokens)
     assert matvec.p.counters == 0
-    p = rotate.p
-    assert (p.x, p.x_dtype, p.slices, p.scales) == (matvec.p.partial, 2, plan.count, 0)
+    p = launch.p
+    assert (p.x, p.x_dtype, p.slices, p.divisors) == (matvec.p.partial, 2, plan.count, 0)
     assert (p.scale, p.scale_dtype, p.bias, p.bias_dtype) == (address(packed.scale_out), 2, address(packed.bias), 1)
-    assert (p.y, p.y_dtype, p.features, p.padded, p.tokens) == (address(y), 0, n, n + 3, tokens)
+    assert (p.y, p.y_dtype, p.features, p.x_stride, p.tokens) == (address(y), 0, n, n + 3, tokens)
+    assert (p.begin, p.end) == (0, n + 3)
     assert (p.buffer, raw(p, "runs")) == (out_blocks[0], pack_runs(weight.out_blocks))
-    assert (rotate.block, rotate.stream, rotate.overlap) == (512, 7, False)
-    assert rotate.grid[0] == tokens
-    assert rotate.grid[0] * rotate.grid[1] <= 4 * gpu.processors
+    assert (launch.block, launch.stream, launch.overlap) == (512, 7, False)
+    assert launch.grid[0] == tokens
+    assert launch.grid[0] * launch.grid[1] <= 4 * gpu.processors
     assert bool(p.scratch) == (4 * (p.buffer + 128) > gpu.shared)
-    assert rotate.shared >= (1024 if p.scratch else 4 * (p.buffer + 32))
+    assert launch.shared >= (1024 if p.scratch else 4 * (p.buffer + 32))
 
 
 @pytest.mark.parametrize(
@@ -623,15 +630,17 @@ def test_more_tokens_are_more_launches(gpu, tokens, groups):
 
 
 @pytest.mark.parametrize("tiled", [False, True])
-@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("bias", [None, "bfloat16"])
-def test_many_tokens_are_a_dense_product(gpu, monkeypatch, tiled, wide, bias):
-    tokens, in_blocks = MOST_MATVEC + 1, (32768,) if wide else (256, 64)
-    k = sum(in_blocks) - 1
+@pytest.mark.parametrize(("in_blocks", "out_blocks", "spans"), [
+    ((256, 64), None, [(0, 256), (256, 512), (512, 608)]),
+    ((32768,), (512, 64, 32), [(0, 512), (512, 608)]),  # a block is longer than a piece
+])  # fmt: skip
+def test_many_tokens_are_a_dense_product(gpu, monkeypatch, tiled, bias, in_blocks, out_blocks, spans):
+    tokens, k, wide = MOST_MATVEC + 1, sum(in_blocks) - 1, out_blocks is not None
     if wide:
         gpu.processors, gpu.shared = 8, DEVICES[1][1]
-    monkeypatch.setattr(host, "DENSE_BYTES", 300 * 2 * sum(in_blocks))
-    packed = packed_for(600, k, 5, in_blocks, bias=bias)
+    monkeypatch.setattr(dense, "piece_rows", lambda *sizes: 256)
+    packed = packed_for(600 if wide else 608, k, 5, in_blocks, out_blocks, bias=bias)
     weight, x = weight_of(packed, tiled), activations(tokens, k, torch.bfloat16)
     products = []
     multiply = torch.mm
@@ -642,40 +651,137 @@ def test_many_tokens_are_a_dense_product(gpu, monkeypatch, tiled, wide, bias):
 
     monkeypatch.setattr(torch, "mm", mm)
     y = host.linear(x, weight, packed.bias)
-    assert gpu.names() == ["rotate_input", "dequantize", "dequantize", "dequantize", "rotate_output"]
-    first, *pieces, last = gpu.launches
+    kind = "rotate_wide" if wide else "rotate"
+    names = [["dequantize"] * -(-(end - begin) // 256) + [f"{kind}_output"] for begin, end in spans]
+    assert gpu.names() == [f"{kind}_input", *chain(*names)]
+    first, *rest = gpu.launches
+    pieces = [launch for launch in rest if launch.name == "dequantize"]
+    lasts = [launch for launch in rest if launch.name != "dequantize"]
     rotated = products[0][0]
     assert (rotated.shape, rotated.dtype) == ((tokens, weight.padded_in), torch.float16)
     for number, (piece, (a, b, out)) in enumerate(zip(pieces, products, strict=True)):
         p, rows = piece.p, min(256, 608 - 256 * number)
-        assert list(p.codes) == [address(c) for c in weight.codes]
-        assert (p.ratios, p.weights) == (address(weight.ratios), address(b))
-        assert (p.row_stride, p.column_stride, p.tile_stride) == weight.strides
-        assert (p.row0, p.rows, p.columns) == (256 * number, rows, weight.padded_in // 8)
-        assert piece.grid[0] == -(-p.columns // 256)
-        assert 1 <= piece.grid[1] <= min(rows, 65535)
-        assert (piece.block, piece.overlap, piece.defines) == (256, False, weight.stages.defines)
+        check_dequantize(piece, weight, address(b), 256 * number, rows)
         assert (a is rotated, b.shape, b.dtype) == (True, (weight.padded_in, rows), torch.float16)
-        assert (out.shape, address(out)) == ((tokens, rows), last.p.x + 2 * 256 * number)
-    for launch, scale, blocks in (
-        (first, packed.scale_in, weight.in_blocks),
-        (last, packed.scale_out, weight.out_blocks),
-    ):
-        p = launch.p
-        assert (p.scale, p.scale_dtype, p.features) == (address(scale), 0, len(scale))
-        assert (p.tokens, p.buffer, raw(p, "runs")) == (tokens, max(blocks[::2]), pack_runs(blocks))
-        assert launch.grid == (min(tokens, 4 * gpu.processors), 1, 1)
-        assert p.slices == 1
-        assert (launch.block, launch.overlap, launch.stream) == (512, False, 7)
-        assert bool(p.scratch) == (wide and launch is first)
+        (last,) = (last for last in lasts if last.p.begin <= p.row0 < last.p.end)
+        assert (out.shape, address(out)) == ((tokens, rows), last.p.x + 2 * (p.row0 - last.p.begin))
+        assert out.stride(0) == last.p.x_stride == last.p.end - last.p.begin
+    check_rotate(first, gpu, packed.scale_in, weight.in_blocks, tokens, tiled)
+    p = first.p
+    assert (p.x, p.x_stride, p.x_dtype, p.y, p.bias) == (address(x), k, 1, address(rotated), 0)
+    assert (p.begin, p.end) == (0, weight.padded_in)
+    assert [(last.p.begin, last.p.end) for last in lasts] == spans
+    for last in lasts:
+        check_rotate(last, gpu, packed.scale_out, weight.out_blocks, tokens, tiled)
+        p = last.p
+        assert (p.x_dtype, p.y, p.y_dtype, p.divisors) == (0, address(y), 1, first.p.divisors)
+        assert (p.bias, p.bias_dtype) == (0 if bias is None else address(packed.bias), BIASES[bias])
+
+
+def check_dequantize(launch, weight, to, row, rows) -> None:
+    p = launch.p
+    assert list(p.codes) == [address(c) for c in weight.codes]
+    assert (p.ratios, p.weights) == (address(weight.ratios), to)
+    assert (p.row_stride, p.column_stride, p.tile_stride) == weight.strides
+    assert (p.row0, p.rows, p.columns) == (row, rows, weight.padded_in // 8)
+    assert 1 <= launch.grid <= -(-rows // 16) * -(-p.columns // 64)
+    assert (launch.block, launch.overlap, launch.defines) == (256, weight.tiled, weight.stages.defines)
+
+
+def check_rotate(launch, gpu, scale, blocks, tokens, overlap) -> None:
+    p, wide = launch.p, max(blocks[::2]) > UNIT
+    assert launch.name.startswith("rotate_wide") == wide
+    assert (p.scale, p.scale_dtype, p.features) == (address(scale), 0, len(scale))
+    assert (p.tokens, p.slices, p.buffer, raw(p, "runs")) == (tokens, 1, max(blocks[::2]), pack_runs(blocks))
+    assert (launch.overlap, launch.stream) == (overlap, 7)
+    across, down, _ = launch.grid
+    assert 1 <= across <= tokens
+    count = planning.segments(blocks, p.begin, p.end)
+    if wide:
+        assert launch.block == rotations.THREADS
+        assert across * down <= 4 * gpu.processors
+        assert bool(p.scratch) == (4 * (p.buffer + 128) > gpu.shared)
         assert launch.shared >= (1024 if p.scratch else 4 * (p.buffer + 32))
-    assert (first.p.x, first.p.y, first.p.bias) == (address(x), address(rotated), 0)
-    assert (first.p.x_stride, first.p.x_dtype, first.p.padded) == (k, 1, weight.padded_in)
-    assert first.p.scales == last.p.scales
-    assert (last.p.y, last.p.y_dtype, last.p.x_dtype, last.p.padded) == (address(y), 1, 0, 608)
-    assert (last.p.x_stride, last.p.bias, last.p.bias_dtype) == (
-        608, 0 if bias is None else address(packed.bias), BIASES[bias]
-    )  # fmt: skip
+    elif launch.name == "rotate_output":
+        assert (launch.block, down) == (256, -(-count // 8))
+    else:
+        assert (launch.block <= 32 * 28, down) == (True, 1)
+        assert launch.block // 32 * 4 >= count
+
+
+def test_rotations_take_every_row(gpu):
+    """rotate_input holds a row in the registers of a CTA as far as they go; the constants are the kernel's."""
+    text = source("rotate.cu")
+    assert f"ITEMS = {rotations._ITEMS};" in text
+    assert f"ROW_THREADS = {32 * rotations._MOST_WARPS};" in text
+    for columns, streams in ((64, True), (4160, True), (28672, True), (28736, False), (65536, False)):
+        weight = weight_of(packed_for(16, columns))
+        for tokens in (17, 64, 3000):
+            gpu.launches.clear()
+            x = activations(tokens, 1).expand(tokens, columns)
+            rotated = x.new_empty(1).expand(tokens, columns)
+            side = rotations.Side(weight.scale_in, None, weight.in_blocks, True)
+            rotations.rotate_input(x, side, rotated, torch.empty(tokens), 7)
+            (launch,) = gpu.launches
+            assert launch.name == ("rotate_input" if streams else "rotate_wide_input")
+            if streams:
+                check_rotate(launch, gpu, weight.scale_in, weight.in_blocks, tokens, True)
+
+
+def test_pieces_and_spans():
+    assert dense.row_spans((256, 3), 512) == [(0, 512), (512, 768)]
+    assert dense.row_spans((256, 3, 64, 1, 16, 1), 512) == [(0, 512), (512, 848)]
+    assert dense.row_spans((1024, 1, 512, 2), 256) == [(0, 1024), (1024, 1536), (1536, 2048)]
+    assert dense.row_spans((16, 1), 4096) == [(0, 16)]
+    for tokens in (49, 512, 2048, 8192, 65536):
+        for rows, columns in ((28672, 8192), (8192, 28672), (4096, 4096), (16, 64), (65536, 65536)):
+            found = dense.piece_rows(tokens, rows, columns, 132)
+            assert found % 256 == 0
+            assert 2 * found * columns <= dense.DENSE_BYTES
+            assert found < rows + 256
+    # A piece fills the processors where tokens are few; where they are many, it is small.
+    assert 2 * dense.piece_rows(512, 8192, 28672, 132) * 28672 > 200 << 20
+    assert 2 * dense.piece_rows(8192, 8192, 28672, 132) * 28672 < 64 << 20
+
+
+@pytest.mark.parametrize("offset", [15, 16])
+def test_dequantize_arithmetic_is_exact(offset):
+    """add_stage's float of a nibble in the mantissa, less what it has too much, is the nibble less half the offset."""
+    for k in range(8):
+        place = k & 3 or 4
+        nibbles = torch.arange(16, dtype=torch.int32) << 4 * place
+        floats = (nibbles | 0x4B000000).view(torch.float32)
+        unit = float(16**place)
+        integers = floats - torch.tensor(8388608 + 0.5 * offset * unit)
+        assert torch.equal(integers / unit, torch.arange(16) - offset / 2)
+
+
+def hadamard_fragment(active: int) -> torch.Tensor:
+    """The matrix [16, 16] of butterfly.cuh."""
+    sign = [[-1 if (i & j & active).bit_count() & 1 else 1 for j in range(16)] for i in range(16)]
+    return torch.tensor([[0 if (i ^ j) & ~active else sign[i][j] for j in range(16)] for i in range(16)]).double()
+
+
+@pytest.mark.parametrize("log", range(9))
+def test_butterfly_is_a_hadamard_transform(log):
+    """The bits that butterfly.cuh gives to rows and columns of its two products."""
+    bits_k, bits_n = (0, 3, 4, 1), (5, 6, 7, 2)
+    text = source("butterfly.cuh")
+    for name, bits in (("k", bits_k), ("n", bits_n)):
+        first, *rest = (f"(log > {bit})" for bit in bits)
+        mask = " | ".join([first, *(f"{each} << {i}" for i, each in enumerate(rest, 1))])
+        assert f"hadamard_fragment(b.{name}, {mask});" in text
+
+    def index(k: int, n: int) -> int:
+        places = [*zip(bits_k, range(4), [k] * 4, strict=True), *zip(bits_n, range(4), [n] * 4, strict=True)]
+        return sum((number >> i & 1) << bit for bit, i, number in places)
+
+    at = torch.tensor([[index(k, n) for n in range(16)] for k in range(16)])
+    left, right = (hadamard_fragment(sum((log > bit) << i for i, bit in enumerate(bits))) for bits in (bits_k, bits_n))
+    x = torch.randn(256, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = torch.empty_like(x)
+    y[at] = left @ x[at] @ right.T
+    torch.testing.assert_close(y / 2 ** (log / 2), rotate(x, (1 << log,) * (256 >> log)))
 
 
 def test_no_tokens_are_no_launch(gpu):

@@ -1,9 +1,9 @@
 """`eightfold::linear` on a GPU: which kernels run for how many tokens, with what workspace.
 
 Up to 16 tokens: matvec, which reads the codes once; quantize_input before it, unless matvec can do that itself (one
-token). Up to MOST_MATVEC: the same for every 16. More: the weight is decoded to float16, at most DENSE_BYTES of it at a
-time, and cuBLAS multiplies. Everything is queued on the current stream; memory comes from PyTorch's pool. Within 2-8
-and 9-16 tokens (the last of every 16 too) a token's result does not depend on the others; above MOST_MATVEC that is
+token). Up to MOST_MATVEC: the same for every 16. More: the weight is decoded to float16, piece after piece, and cuBLAS
+multiplies (dense.py). Everything is queued on the current stream; memory comes from PyTorch's pool. Within 2-8 and 9-16
+tokens (the last of every 16 too) a token's result does not depend on the others; above MOST_MATVEC that is
 cuBLAS's affair.
 """
 
@@ -14,11 +14,11 @@ import struct
 import threading
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from eightfold.cuda.dense import dense, dequantize
 from eightfold.cuda.driver import Kernel, arch, load, max_shared, sm_count
 from eightfold.cuda.driver import device_index as _index
 from eightfold.cuda.plan import (
@@ -39,14 +39,23 @@ from eightfold.cuda.plan import (
     runs,
     variant,
 )
+from eightfold.cuda.rotate import (
+    DTYPES,
+    THREADS,
+    Rows,
+    Side,
+    address,
+    kernel,
+    longest,
+    prepare_rotations,
+    rotate_output,
+    shared_buffer,
+    whole,
+)
 
 _LOG = logging.getLogger("eightfold")
-DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # as common.cuh numbers them
 CLASSES = 1, 8, MATVEC_TOKENS  # most tokens of a launch of matvec: within a class nothing depends on their number
 MOST_MATVEC = 48  # tokens up to which several launches of matvec beat decoding the weight for cuBLAS
-DENSE_BYTES = 64 << 20  # of float16 weights decoded at once
-_THREADS = 512  # of the rotation kernels
-_BUFFER = 6144  # coordinates of a chunk that fit the shared memory every device has
 
 
 class Weight:
@@ -143,10 +152,9 @@ def prepare(weight: Weight) -> None:
     for tokens in CLASSES:
         chosen = _variant(weight, tokens, device)
         _matvec(chosen, device)
-        _rotate("quantize_input", _shared_buffer(_plan(weight, chosen, tokens, device).buffer, device), device)
-    _rotate("rotate_input", _shared_buffer(_longest(weight.in_blocks), device), device)
-    _rotate("rotate_output", _shared_buffer(_longest(weight.out_blocks), device), device)
-    _dequantize(weight.stages, device)
+        kernel("quantize_input", shared_buffer(_plan(weight, chosen, tokens, device).buffer, device), device)
+    prepare_rotations(weight.in_blocks, weight.out_blocks, device)
+    dequantize(weight.stages, device)
     _counters_of(device)
     torch.cuda.current_stream(device).synchronize()
 
@@ -159,7 +167,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     y = x.new_empty(tokens, len(weight.scale_out))
     with torch.cuda.device(x.device):
         if tokens > MOST_MATVEC:
-            _dense(x, weight, bias, y)
+            dense(x, weight, bias, y)
         else:
             for at in range(0, tokens, MATVEC_TOKENS):
                 _decode(x[at : at + MATVEC_TOKENS], weight, bias, y[at : at + MATVEC_TOKENS])
@@ -173,7 +181,7 @@ def _decode(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
     chosen = _variant(weight, tokens, device)
     plan = _plan(weight, chosen, tokens, device)
     stream = torch.cuda.current_stream(device).cuda_stream
-    blocks, finishes = block_count(weight.out_blocks), _longest(weight.out_blocks) <= UNIT
+    blocks, finishes = block_count(weight.out_blocks), longest(weight.out_blocks) <= UNIT
     counters = 0
     if tokens <= ALONE_TOKENS and plan.alone and finishes:
         counters = _counters(device, stream, blocks)
@@ -194,7 +202,7 @@ def _decode(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
     params = struct.pack(
         f"<{weight.stages.count + 11}Qq3I11i",
         *(c.data_ptr() for c in weight.codes), x.data_ptr(), weight.scale_in.data_ptr(), *quantized,
-        partial, counters if finishes else 0, weight.ratios.data_ptr(), weight.scale_out.data_ptr(), _address(bias),
+        partial, counters if finishes else 0, weight.ratios.data_ptr(), weight.scale_out.data_ptr(), address(bias),
         y.data_ptr(),
         x.stride(0),
         *weight.strides,
@@ -204,98 +212,27 @@ def _decode(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
     params += pack_borders(plan.slices) + pack_runs(weight.in_blocks) + pack_runs(weight.out_blocks)
     # It reads weights before the kernel ahead of it is done, so that must not be one that writes them: `prepare` waits.
     overlap = weight.tiled
-    _matvec(chosen, device).launch(plan.count * plan.ctas, 32 * chosen.warps, _padded(params), stream, overlap)
+    _matvec(chosen, device).launch(plan.count * plan.ctas, 32 * chosen.warps, whole(params), stream, overlap)
     if not finishes:
-        source = _Rows(partial, weight.padded_out, DTYPES[torch.float32], tokens, weight.padded_out, plan.count)
-        _rotate_rows("rotate_output", source, weight.scale_out, bias, y, 0, weight.out_blocks, stream)
+        source = Rows(partial, weight.padded_out, DTYPES[torch.float32], tokens, plan.count)
+        side = Side(weight.scale_out, bias, weight.out_blocks, overlap)
+        rotate_output(source, side, y, 0, (0, weight.padded_out), stream)
     del held
 
 
 def _quantize(x: Tensor, weight: Weight, plan: Plan, to: list[int], counters: int, stream: int) -> None:
     """Launch quantize_input, which writes planes, scales, sums, and zeros to so many counters."""
     device, chunks = _index(x.device), len(plan.chunks) - 1
-    shared = _shared_buffer(plan.buffer, device)
+    shared = shared_buffer(plan.buffer, device)
     scratch = None if shared else x.new_empty(plan.buffer * chunks * len(x), dtype=torch.float32)
     params = struct.pack(
         "<7Qq7i",
-        x.data_ptr(), weight.scale_in.data_ptr(), *to, _address(scratch),
+        x.data_ptr(), weight.scale_in.data_ptr(), *to, address(scratch),
         x.stride(0),
         DTYPES[x.dtype], DTYPES[weight.scale_in.dtype], len(weight.scale_in), len(x), plan.count, counters, plan.buffer,
     )  # fmt: skip
     params += pack_borders(plan.chunks) + pack_borders(plan.slices) + pack_runs(weight.in_blocks)
-    _rotate("quantize_input", shared, device).launch((chunks, len(x), 1), _THREADS, _padded(params), stream, True)
-
-
-def _dense(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
-    """Rotate, decode and multiply piece after piece, rotate back. Workspace: float16 [tokens, K + N], DENSE_BYTES."""
-    device, tokens = _index(x.device), len(x)
-    stream = torch.cuda.current_stream(device).cuda_stream
-    rotated = x.new_empty(tokens, weight.padded_in, dtype=torch.float16)
-    product = x.new_empty(tokens, weight.padded_out, dtype=torch.float16)
-    divisors = x.new_empty(tokens, dtype=torch.float32)
-    source = _Rows(x.data_ptr(), x.stride(0), DTYPES[x.dtype], tokens, weight.padded_in)
-    _rotate_rows("rotate_input", source, weight.scale_in, None, rotated, divisors.data_ptr(), weight.in_blocks, stream)
-    rows = max(256, DENSE_BYTES // (2 * weight.padded_in) // 256 * 256)
-    dense = x.new_empty(min(rows, weight.padded_out), weight.padded_in, dtype=torch.float16)
-    columns = weight.padded_in // 8
-    for row in range(0, weight.padded_out, rows):
-        piece = dense[: min(rows, weight.padded_out - row)]
-        params = struct.pack(
-            f"<{weight.stages.count + 2}Q3I3i",
-            *(c.data_ptr() for c in weight.codes), weight.ratios.data_ptr(), piece.data_ptr(),
-            *weight.strides, row, len(piece), columns,
-        )  # fmt: skip
-        across = -(-columns // 256)
-        down = min(len(piece), max(1, 16 * sm_count(device) // across))  # rows each: a CTA first fills its tables
-        grid = (across, down, 1)
-        _dequantize(weight.stages, device).launch(grid, 256, params, stream)
-        torch.mm(rotated, piece.T, out=product[:, row : row + len(piece)])
-    source = _Rows(product.data_ptr(), weight.padded_out, DTYPES[torch.float16], tokens, weight.padded_out)
-    _rotate_rows("rotate_output", source, weight.scale_out, bias, y, divisors.data_ptr(), weight.out_blocks, stream)
-
-
-class _Rows(NamedTuple):
-    """What a rotation kernel reads: address, elements from row to row, number of the dtype, rows, columns with padding,
-    slices to add up."""
-
-    address: int
-    stride: int
-    dtype: int
-    count: int
-    padded: int
-    slices: int = 1
-
-
-def _rotate_rows(
-    name: str,
-    x: _Rows,
-    scale: Tensor,
-    bias: Tensor | None,
-    y: Tensor,
-    divisors: int,
-    blocks: tuple[int, ...],
-    stream: int,
-) -> None:
-    """rotate_input or rotate_output over all rows. `divisors`: address of a float a row, 0 for none."""
-    device, longest = _index(y.device), _longest(blocks)
-    shared = _shared_buffer(longest, device)
-    most = 4 * sm_count(device)
-    pieces = 1 if name == "rotate_input" or longest <= UNIT else min(sum(blocks[1::2]), max(1, most // x.count))
-    ctas = min(x.count, most)
-    scratch = None if shared else y.new_empty(ctas * pieces * longest, dtype=torch.float32)
-    params = struct.pack(
-        "<6Qq9i",
-        x.address, scale.data_ptr(), _address(bias), y.data_ptr(), divisors, _address(scratch),
-        x.stride,
-        x.dtype, DTYPES[y.dtype], DTYPES[scale.dtype], 0 if bias is None else DTYPES[bias.dtype],
-        len(scale), x.padded, x.count, x.slices, longest,
-    )  # fmt: skip
-    params += pack_runs(blocks)
-    _rotate(name, shared, device).launch((ctas, pieces, 1), _THREADS, _padded(params), stream)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    kernel("quantize_input", shared, device).launch((chunks, len(x), 1), THREADS, whole(params), stream, True)
 
 
 def _workspace(device: torch.device, *sizes: int) -> tuple[Tensor, list[int]]:
@@ -346,22 +283,6 @@ def _counters(device: int, stream: int, count: int) -> int:
     return _counters_of(device).take(stream, count)
 
 
-def _padded(params: bytes) -> bytes:
-    """A struct that holds pointers ends on a multiple of 8 bytes."""
-    return params + bytes(-len(params) % 8)
-
-
-@cache
-def _longest(blocks: tuple[int, ...]) -> int:
-    return max(blocks[::2])
-
-
-def _shared_buffer(coordinates: int, device: int) -> int:
-    """Bytes of shared memory for a buffer of the rotation kernels, 0 if it has to lie in global memory."""
-    size = 4 * (max(coordinates, _BUFFER) + 128)
-    return size if size <= max_shared(device) else 0
-
-
 def _tiles(tokens: int) -> int:
     """Tiles of 4 tokens that so many take."""
     return 1 if tokens == 1 else 2 if tokens <= 8 else 4
@@ -378,11 +299,3 @@ def _plan(weight: Weight, chosen: Variant, tokens: int, device: int) -> Plan:
 
 def _matvec(chosen: Variant, device: int) -> Kernel:
     return load("matvec.cu", "matvec", device, chosen.shared_limit(max_shared(device)), **chosen.defines)
-
-
-def _rotate(name: str, shared: int, device: int) -> Kernel:
-    return load("rotate.cu", name, device, shared or 1024)
-
-
-def _dequantize(stages: Stages, device: int) -> Kernel:
-    return load("dequantize.cu", "dequantize", device, **stages.defines)

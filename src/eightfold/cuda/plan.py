@@ -227,7 +227,7 @@ def make_plan(
         chunks = _chunks(slices, blocks)
         cost = _cost(variant, waves, share, units, count) + (len(chunks) <= count)
         alone = len(chunks) == len(slices) and max(blocks[::2]) <= UNIT
-        alone = alone and all(_segments(blocks, *borders) <= longest // UNIT for borders in pairwise(slices))
+        alone = alone and all(segments(blocks, *borders) <= longest // UNIT for borders in pairwise(slices))
         plan = Plan(slices, chunks, ctas, alone)
         if best is None or cost < best[0]:
             best = cost, plan
@@ -246,7 +246,7 @@ def _cost(variant: Variant, waves: int, tiles: int, units: int, slices: int) -> 
     return busy + 0.15 * slices
 
 
-def _segments(blocks: tuple[int, ...], begin: int, end: int) -> int:
+def segments(blocks: tuple[int, ...], begin: int, end: int) -> int:
     """Pieces of up to UNIT columns, each inside one run, that warps rotate of the columns [begin, end)."""
     inside = [(max(start, begin), min(stop, end)) for start, stop, _ in runs(blocks)]
     return sum(-(-(stop - start) // UNIT) for start, stop in inside if start < stop)

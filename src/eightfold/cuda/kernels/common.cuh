@@ -34,6 +34,11 @@ __device__ __forceinline__ u16 float_to_bfloat(float f) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
   return h;
 }
+__device__ __forceinline__ u32 bfloat_pair(float low, float high) {
+  u32 pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
 __device__ __forceinline__ float load_as_float(const void* p, long long i, int dtype) {
   if (dtype == FLOAT32) return static_cast<const float*>(p)[i];
   const u16 bits = static_cast<const u16*>(p)[i];
@@ -43,6 +48,28 @@ __device__ __forceinline__ void store_float(void* p, long long i, int dtype, flo
   if (dtype == FLOAT32) static_cast<float*>(p)[i] = v;
   else static_cast<u16*>(p)[i] = dtype == FLOAT16 ? float_to_half(v) : float_to_bfloat(v);
 }
+// Eight numbers of 16 bits, in order, and back.
+__device__ __forceinline__ void unpack8(float (&v)[8], const uint4& packed, int dtype) {
+  const u32 w[4] = {packed.x, packed.y, packed.z, packed.w};
+  if (dtype == FLOAT16) {
+#pragma unroll
+    for (int k = 0; k < 8; ++k) v[k] = half_to_float(u16(w[k / 2] >> 16 * (k & 1)));
+  } else {
+#pragma unroll
+    for (int k = 0; k < 8; ++k) v[k] = __uint_as_float(k & 1 ? w[k / 2] & 0xffff0000u : w[k / 2] << 16);
+  }
+}
+__device__ __forceinline__ uint4 pack8(const float (&v)[8], int dtype) {
+  u32 w[4];
+  if (dtype == FLOAT16) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w[k]) : "f"(v[2 * k + 1]), "f"(v[2 * k]));
+  } else {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) w[k] = bfloat_pair(v[2 * k], v[2 * k + 1]);
+  }
+  return make_uint4(w[0], w[1], w[2], w[3]);
+}
 // Eight coordinates from i on, those from `end` on as zeros.
 __device__ __forceinline__ void load8(float (&v)[8], const void* p, long long i, long long end, int dtype) {
   const char* at = static_cast<const char*>(p) + (i << (dtype == FLOAT32 ? 2 : 1));
@@ -50,17 +77,21 @@ __device__ __forceinline__ void load8(float (&v)[8], const void* p, long long i,
     const float4 a = reinterpret_cast<const float4*>(at)[0], b = reinterpret_cast<const float4*>(at)[1];
     v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
   } else if (dtype != FLOAT32 && i + 8 <= end && (reinterpret_cast<u64>(at) & 15) == 0) {
-    const uint4 q = *reinterpret_cast<const uint4*>(at);
-    const u32 w[4] = {q.x, q.y, q.z, q.w};
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      v[2 * k] = dtype == FLOAT16 ? half_to_float(u16(w[k])) : __uint_as_float(w[k] << 16);
-      v[2 * k + 1] = dtype == FLOAT16 ? half_to_float(u16(w[k] >> 16)) : __uint_as_float(w[k] & 0xffff0000u);
-    }
+    unpack8(v, *reinterpret_cast<const uint4*>(at), dtype);
   } else {
 #pragma unroll
     for (int k = 0; k < 8; ++k) v[k] = i + k < end ? load_as_float(p, i + k, dtype) : 0.f;
   }
+}
+// The same of a dtype of 16 bits, as they are.
+__device__ __forceinline__ uint4 load8_packed(const void* p, long long i, long long end) {
+  const u16* const at = static_cast<const u16*>(p) + i;
+  if (i + 8 <= end && (reinterpret_cast<u64>(at) & 15) == 0) return *reinterpret_cast<const uint4*>(at);
+  u32 w[4] = {};
+#pragma unroll
+  for (int k = 0; k < 8; ++k)
+    if (i + k < end) w[k / 2] |= u32(at[k]) << 16 * (k & 1);
+  return make_uint4(w[0], w[1], w[2], w[3]);
 }
 __device__ __forceinline__ void store8(void* p, long long i, long long end, int dtype, const float (&v)[8]) {
   char* at = static_cast<char*>(p) + (i << (dtype == FLOAT32 ? 2 : 1));
@@ -68,12 +99,7 @@ __device__ __forceinline__ void store8(void* p, long long i, long long end, int 
     reinterpret_cast<float4*>(at)[0] = make_float4(v[0], v[1], v[2], v[3]);
     reinterpret_cast<float4*>(at)[1] = make_float4(v[4], v[5], v[6], v[7]);
   } else if (dtype != FLOAT32 && i + 8 <= end && (reinterpret_cast<u64>(at) & 15) == 0) {
-    u32 w[4];
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-      w[k] = dtype == FLOAT16 ? float_to_half(v[2 * k]) | u32(float_to_half(v[2 * k + 1])) << 16
-                              : float_to_bfloat(v[2 * k]) | u32(float_to_bfloat(v[2 * k + 1])) << 16;
-    *reinterpret_cast<uint4*>(at) = make_uint4(w[0], w[1], w[2], w[3]);
+    *reinterpret_cast<uint4*>(at) = pack8(v, dtype);
   } else {
 #pragma unroll
     for (int k = 0; k < 8; ++k)
@@ -111,18 +137,36 @@ __device__ __forceinline__ void hadamard_segment(float (&v)[8], int log) {
     }
 }
 
+// BITS stages of unnormalised transforms from distance h on, in place over `length` coordinates, by all threads of the CTA.
+template <int BITS>
+__device__ __forceinline__ void hadamard_stages(float* buffer, int length, int h) {
+  for (int i = threadIdx.x; i < length >> BITS; i += blockDim.x) {
+    float* const at = buffer + ((i & ~(h - 1)) << BITS | (i & (h - 1)));
+    float v[1 << BITS];
+#pragma unroll
+    for (int k = 0; k < 1 << BITS; ++k) v[k] = at[k * h];
+#pragma unroll
+    for (int bit = 0; bit < BITS; ++bit)
+#pragma unroll
+      for (int k = 0; k < 1 << BITS; ++k)
+        if (!(k >> bit & 1)) {
+          const float a = v[k], b = v[k | 1 << bit];
+          v[k] = a + b;
+          v[k | 1 << bit] = a - b;
+        }
+#pragma unroll
+    for (int k = 0; k < 1 << BITS; ++k) at[k * h] = v[k];
+  }
+  __syncthreads();
+}
+
 // The stages above 256 of unnormalised transforms of order `size`, in place over `length` coordinates (whole blocks), by
 // all threads of the CTA. Ends with a barrier.
-__device__ inline void hadamard_wide(float* buffer, int length, int size) {
-  for (int h = SEGMENT; h < size; h <<= 1) {
-    for (int i = threadIdx.x; i < length / 2; i += blockDim.x) {
-      float* const low = buffer + ((i & ~(h - 1)) << 1 | (i & (h - 1)));
-      const float a = low[0], b = low[h];
-      low[0] = a + b;
-      low[h] = a - b;
-    }
-    __syncthreads();
-  }
+__device__ __forceinline__ void hadamard_wide(float* buffer, int length, int size) {
+  int h = SEGMENT;
+  for (; 8 * h <= size; h *= 8) hadamard_stages<3>(buffer, length, h);
+  if (4 * h <= size) hadamard_stages<2>(buffer, length, h);
+  else if (2 * h <= size) hadamard_stages<1>(buffer, length, h);
 }
 
 // Part of a run of blocks that one warp transforms: up to 256 coordinates from `begin` on, those below `end`.

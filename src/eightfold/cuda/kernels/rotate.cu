@@ -1,7 +1,8 @@
 // Input and output sides of a linear, apart from its product: rotations, scale vectors, quantized activations.
+#include "butterfly.cuh"
 #include "quantize.cuh"
 
-constexpr int THREADS = 512; // of every kernel here
+constexpr int THREADS = 512; // of the kernels that use shared memory
 // Transforms of order up to 256, and the part below 256 of wider ones, of the coordinates [begin, end); normalised.
 // load(v, k, limit) fills v with the coordinates from k on, zeros from `limit` on; store(v, k, limit) takes them.
 template <class Load, class Store>
@@ -79,108 +80,224 @@ extern "C" __global__ void __launch_bounds__(THREADS) quantize_input(const __gri
 }
 
 struct RotateParams {
-  const void* x;     // [tokens, features] of the input side; of the output side float16 [tokens, padded], or what
-                     // matvec leaves, float32 [slices, tokens, padded]
+  const void* x;     // input side: [tokens, features]. Output side: [tokens, end - begin] of float16, or of what matvec
+                     // leaves, float32 [slices, tokens, end - begin]. Rows are x_stride apart
   const void* scale; // [features]
   const void* bias;  // [features] or null; output side only
   void* y;           // float16 [tokens, padded] of the input side; [tokens, features] of the output side
-  float* scales;     // [tokens]: what a rotated input was divided by, a power of two
+  float* divisors;   // [tokens]: what a rotated input was divided by, a power of two
   float* scratch;    // as above
   long long x_stride;
-  int x_dtype, y_dtype, scale_dtype, bias_dtype, features, padded, tokens, slices, buffer;
+  int x_dtype, y_dtype, scale_dtype, bias_dtype, features, tokens, slices, buffer;
+  int begin, end; // coordinates, whole blocks: all of the input side with padding, or a part of the output side
   Runs runs;
 };
 
-// x, scaled and rotated, as float16 for a matrix product, divided by a power of two that leaves a norm from 64 to 128:
-// no element and no product with a row of weights of unit size can then overflow. CTAs take token after token.
-extern "C" __global__ void __launch_bounds__(THREADS) rotate_input(const __grid_constant__ RotateParams p) {
-  extern __shared__ float shared_buffer[];
-  float* const buffer = p.scratch ? p.scratch + (long long)blockIdx.x * p.buffer : shared_buffer + 32;
-  for (int token = blockIdx.x; token < p.tokens; token += gridDim.x) {
-    const long long row = token * p.x_stride, out = (long long)token * p.padded;
-    const Input load = {p.x, p.scale, row, p.x_dtype, p.scale_dtype, p.features};
-    float squares = 0;
-    for (int k = 8 * threadIdx.x; k < p.features; k += 8 * THREADS) {
-      float v[8];
-      load(v, k, p.features);
+// From the sum of squares of a row, the power of two that leaves a norm from 64 to 128: no element of the rotated row and
+// no product with a row of weights of unit size can then overflow a float16.
+__device__ __forceinline__ float divisor_of(float squares) {
+  const int exponent = int(__float_as_uint(squares) >> 23 & 255) - 127; // 2^exponent <= squares < 2^(exponent + 1)
+  const bool usable = squares > 1e-30f && squares < 3e38f;
+  return usable ? __uint_as_float(u32(127 + (exponent >> 1) - 6) << 23) : 1.f;
+}
+__device__ __forceinline__ float sum_of_warp(float v) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) squares += v[i] * v[i];
-    }
-#pragma unroll
-    for (int lanes = 16; lanes; lanes >>= 1) squares += __shfl_xor_sync(0xffffffffu, squares, lanes);
-    if ((threadIdx.x & 31) == 0) shared_buffer[threadIdx.x >> 5] = squares;
-    __syncthreads();
-    squares = 0;
-    for (int w = 0; w < THREADS / 32; ++w) squares += shared_buffer[w];
-    const int exponent = int(__float_as_uint(squares) >> 23 & 255) - 127; // 2^exponent <= squares < 2^(exponent + 1)
-    const bool usable = squares > 1e-30f && squares < 3e38f;
-    const float divisor = usable ? __uint_as_float(u32(127 + (exponent >> 1) - 6) << 23) : 1.f;
-    const float inverse = 1.f / divisor;
-    if (threadIdx.x == 0) p.scales[token] = divisor;
+  for (int lanes = 16; lanes; lanes >>= 1) v += __shfl_xor_sync(0xffffffffu, v, lanes);
+  return v;
+}
 
-    const auto keep = [&](const float(&v)[8], int k, int limit) {
-      float scaled[8];
+// Eight coordinates of the output side from `begin` + k on, those from `begin` + limit on as zeros; slices are added in
+// their order.
+__device__ __forceinline__ void load_sum(float (&v)[8], const RotateParams& p, int token, int k, int limit) {
+  const long long row = token * p.x_stride, apart = p.tokens * p.x_stride;
+  const float* const x = static_cast<const float*>(p.x) + row + k;
+  if (p.slices == 1) {
+    load8(v, p.x, row + k, row + limit, p.x_dtype);
+  } else if (k + 8 <= limit && ((reinterpret_cast<u64>(x) | 4 * apart) & 15) == 0) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) scaled[i] = v[i] * inverse;
-      store8(p.y, out + k, out + limit, FLOAT16, scaled);
-    };
-    for (int r = 0; r < p.runs.count; ++r) {
-      const int log = p.runs.log[r], size = log > 8 ? 1 << log : p.runs.start[r + 1] - p.runs.start[r];
-      for (int low = p.runs.start[r]; low < p.runs.start[r + 1]; low += size) {
-        rotate(p.runs, low, low + size, load, [&](const float(&v)[8], int k, int limit) {
-          if (log <= 8) keep(v, k, limit);
-          else
-#pragma unroll
-            for (int i = 0; i < 8; ++i) buffer[k + i - low] = v[i];
-        });
-        if (log <= 8) continue;
-        __syncthreads();
-        hadamard_wide(buffer, size, size);
-        for (int k = 8 * threadIdx.x; k < size; k += 8 * THREADS) {
-          float v[8];
-#pragma unroll
-          for (int i = 0; i < 8; ++i) v[i] = buffer[k + i];
-          keep(v, low + k, low + size);
-        }
-        __syncthreads();
-      }
+    for (int i = 0; i < 8; ++i) v[i] = 0.f;
+#pragma unroll 4
+    for (int s = 0; s < p.slices; ++s) {
+      const float4* const at = reinterpret_cast<const float4*>(x + s * apart);
+      const float4 a = at[0], b = at[1];
+      v[0] += a.x, v[1] += a.y, v[2] += a.z, v[3] += a.w, v[4] += b.x, v[5] += b.y, v[6] += b.z, v[7] += b.w;
     }
-    __syncthreads();
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      v[i] = 0.f;
+      for (int s = 0; s < p.slices && k + i < limit; ++s) v[i] += x[s * apart + i];
+    }
   }
 }
 
-// The output side: add the slices, if there are some, rotate back, then scales and bias. CTAs take token after token;
-// blocks above 256, and runs of smaller ones, go round those along y.
-extern "C" __global__ void __launch_bounds__(THREADS) rotate_output(const __grid_constant__ RotateParams p) {
+// The kernels for blocks up to 256: a warp holds ITEMS segments at a time, so that as many loads are in flight.
+constexpr int ITEMS = 4;
+constexpr int ROW_THREADS = 896; // most of rotate_input: a row is ITEMS segments of each warp
+
+// x, scaled and rotated, as float16 for a matrix product, divided by a power of two. A CTA takes row after row, each in
+// registers as a whole: its divisor must be known before it is written.
+extern "C" __global__ void __launch_bounds__(ROW_THREADS) rotate_input(const __grid_constant__ RotateParams p) {
+  __shared__ float squares_of[2][32];
+  launch_dependents();
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+  int places[ITEMS]; // 16 times the first coordinate of the lane, or `end` for none, and the log
+#pragma unroll
+  for (int i = 0; i < ITEMS; ++i) {
+    const Segment segment = find_segment(p.runs, 0, p.end, warp + i * warps);
+    const int k = segment.begin + 8 * lane;
+    places[i] = 16 * (segment.begin >= 0 && k < segment.end ? k : p.end) + segment.log;
+  }
+  Butterfly b = butterfly(places[0] & 15);
+  wait_for_previous();
+  for (int token = blockIdx.x, turn = 0; token < p.tokens; token += gridDim.x, turn ^= 1) {
+    const long long row = token * p.x_stride, out = (long long)token * p.end;
+    uint4 packed[ITEMS];
+    float squares = 0;
+    const auto scaled = [&](float(&v)[8], int i) {
+      float scale[8];
+      load8(scale, p.scale, places[i] >> 4, p.features, p.scale_dtype);
+      unpack8(v, packed[i], p.x_dtype);
+#pragma unroll
+      for (int k = 0; k < 8; ++k) v[k] *= scale[k];
+    };
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) packed[i] = load8_packed(p.x, row + (places[i] >> 4), row + p.features);
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) {
+      float v[8];
+      scaled(v, i);
+#pragma unroll
+      for (int k = 0; k < 8; ++k) squares += v[k] * v[k];
+    }
+    squares = sum_of_warp(squares);
+    if (lane == 0) squares_of[turn][warp] = squares;
+    __syncthreads(); // enough: the other half is written next
+    const float divisor = divisor_of(sum_of_warp(lane < warps ? squares_of[turn][lane] : 0.f));
+    if (threadIdx.x == 0) p.divisors[token] = divisor;
+    const float inverse = 1.f / divisor;
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) {
+      // Without this the compiler keeps what it unpacked before the barrier: 32 registers that are not there.
+      asm volatile("" : "+r"(packed[i].x), "+r"(packed[i].y), "+r"(packed[i].z), "+r"(packed[i].w));
+      const int log = places[i] & 15;
+      float v[8];
+      scaled(v, i);
+      if (log != b.log) b = butterfly(log);
+      transform(v, b);
+#pragma unroll
+      for (int k = 0; k < 8; ++k) v[k] *= inverse * hadamard_norm(log);
+      store8(p.y, out + (places[i] >> 4), out + p.end, FLOAT16, v);
+    }
+  }
+}
+
+// The output side: add the slices, if there are some, rotate back, then scales and bias. A warp keeps to its segment,
+// with what belongs to it, and goes through tokens. Grid: tokens, eight segments each.
+extern "C" __global__ void __launch_bounds__(256, 3) rotate_output(const __grid_constant__ RotateParams p) {
+  launch_dependents();
+  const Segment segment = find_segment(p.runs, p.begin, p.end, blockIdx.y * 8 + (threadIdx.x >> 5));
+  const int k = segment.begin + 8 * (threadIdx.x & 31), limit = segment.end, stop = min(limit, p.features);
+  float scale[8];
+  Butterfly b;
+  if (segment.begin >= 0) {
+    b = butterfly(segment.log);
+    load8(scale, p.scale, k, stop, p.scale_dtype);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) scale[i] *= hadamard_norm(segment.log);
+  }
+  wait_for_previous();
+  if (segment.begin < 0) return;
+  const auto finish = [&](float(&v)[8], int token) {
+    const long long out = (long long)token * p.features;
+    const float divisor = p.divisors ? p.divisors[token] : 1.f; // there before the transform is done
+    transform(v, b);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] *= divisor * scale[i];
+    if (p.bias) {
+      float bias[8];
+      load8(bias, p.bias, k, stop, p.bias_dtype);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] += bias[i];
+    }
+    store8(p.y, out + k, out + stop, p.y_dtype, v);
+  };
+  if (p.x_dtype == FLOAT32) {
+    for (int token = blockIdx.x; token < p.tokens; token += gridDim.x) {
+      float v[8];
+      load_sum(v, p, token, k - p.begin, limit - p.begin);
+      finish(v, token);
+    }
+    return;
+  }
+  for (int first = blockIdx.x; first < p.tokens; first += ITEMS * gridDim.x) {
+    uint4 packed[ITEMS];
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) {
+      const int token = min(first + i * int(gridDim.x), p.tokens - 1);
+      const long long row = token * p.x_stride + (k - p.begin);
+      packed[i] = load8_packed(p.x, row, row + (limit - k));
+    }
+#pragma unroll
+    for (int i = 0; i < ITEMS; ++i) {
+      const int token = first + i * gridDim.x;
+      if (token >= p.tokens) return;
+      float v[8];
+      unpack8(v, packed[i], p.x_dtype);
+      finish(v, token);
+    }
+  }
+}
+
+// Either side with blocks above 256, which a CTA holds in its buffer: CTAs take token after token along x; along y the
+// blocks, and runs of blocks up to 256, go round (the input side: one CTA, which first finds the row's divisor).
+template <bool INPUT>
+__device__ __forceinline__ void rotate_wide(const RotateParams& p) {
   extern __shared__ float shared_buffer[];
   const long long cta = blockIdx.x + (long long)gridDim.x * blockIdx.y;
   float* const buffer = p.scratch ? p.scratch + cta * p.buffer : shared_buffer + 32;
+  launch_dependents();
+  wait_for_previous();
   for (int token = blockIdx.x; token < p.tokens; token += gridDim.x) {
-    const long long row = (long long)token * p.padded, out = (long long)token * p.features;
-    const float factor = p.scales ? p.scales[token] : 1.f;
-    const auto load = [&](float(&v)[8], int k, int limit) {
-      load8(v, p.x, row + k, row + limit, p.x_dtype);
-      for (int s = 1; s < p.slices; ++s) {
-        const long long at = row + (long long)s * p.tokens * p.padded;
-        float more[8];
-        load8(more, p.x, at + k, at + limit, p.x_dtype);
+    const long long out = (long long)token * (INPUT ? p.end : p.features);
+    const Input input = {p.x, p.scale, token * p.x_stride, p.x_dtype, p.scale_dtype, p.features};
+    float factor = p.divisors && !INPUT ? p.divisors[token] : 1.f;
+    if (INPUT) {
+      float squares = 0;
+      for (int k = 8 * threadIdx.x; k < p.features; k += 8 * THREADS) {
+        float v[8];
+        input(v, k, p.features);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) v[i] += more[i];
+        for (int i = 0; i < 8; ++i) squares += v[i] * v[i];
       }
+      squares = sum_of_warp(squares);
+      __syncthreads(); // the row before is done with the buffer, and with these
+      if ((threadIdx.x & 31) == 0) shared_buffer[threadIdx.x >> 5] = squares;
+      __syncthreads();
+      squares = 0;
+      for (int w = 0; w < THREADS / 32; ++w) squares += shared_buffer[w];
+      const float divisor = divisor_of(squares);
+      if (threadIdx.x == 0) p.divisors[token] = divisor;
+      factor = 1.f / divisor;
+    }
+    const auto load = [&](float(&v)[8], int k, int limit) {
+      if (INPUT) input(v, k, limit);
+      else load_sum(v, p, token, k - p.begin, limit - p.begin);
     };
     const auto keep = [&](const float(&v)[8], int k, int limit) {
-      const int stop = min(limit, p.features);
-      float s[8], b[8] = {}, sum[8];
-      load8(s, p.scale, k, stop, p.scale_dtype);
-      if (p.bias) load8(b, p.bias, k, stop, p.bias_dtype);
+      const int stop = INPUT ? limit : min(limit, p.features);
+      float scale[8], bias[8] = {}, result[8];
+      if (!INPUT) load8(scale, p.scale, k, stop, p.scale_dtype);
+      if (!INPUT && p.bias) load8(bias, p.bias, k, stop, p.bias_dtype);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) sum[i] = v[i] * factor * s[i] + b[i];
-      store8(p.y, out + k, out + stop, p.y_dtype, sum);
+      for (int i = 0; i < 8; ++i) result[i] = INPUT ? v[i] * factor : v[i] * factor * scale[i] + bias[i];
+      store8(p.y, out + k, out + stop, p.y_dtype, result);
     };
     int turn = 0;
     for (int r = 0; r < p.runs.count; ++r) {
-      const int log = p.runs.log[r], size = log > 8 ? 1 << log : p.runs.start[r + 1] - p.runs.start[r];
-      for (int low = p.runs.start[r]; low < p.runs.start[r + 1]; low += size) {
+      const int begin = max(p.runs.start[r], p.begin), end = min(p.runs.start[r + 1], p.end), log = p.runs.log[r];
+      const int size = log > 8 ? 1 << log : end - begin;
+      for (int low = begin; low < end; low += size) {
         if (turn++ % gridDim.y != blockIdx.y) continue;
         rotate(p.runs, low, low + size, load, [&](const float(&v)[8], int k, int limit) {
           if (log <= 8) keep(v, k, limit);
@@ -201,4 +318,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) rotate_output(const __grid
       }
     }
   }
+}
+extern "C" __global__ void __launch_bounds__(THREADS, 1) rotate_wide_input(const __grid_constant__ RotateParams p) {
+  rotate_wide<true>(p);
+}
+extern "C" __global__ void __launch_bounds__(THREADS, 1) rotate_wide_output(const __grid_constant__ RotateParams p) {
+  rotate_wide<false>(p);
 }
