@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate, pairwise, product
 
@@ -18,6 +18,8 @@ MAX_SLICE = 4096  # columns; the sums of that many products, 11 * 32600 at most 
 MAX_FEATURES = 65536  # of either side
 MATVEC_TOKENS = 16  # most tokens of one launch of matvec
 LARGE = 1 << 25  # weights from which a multiprocessor's warps should be many rather than have many registers
+GEMM_TOKENS = (32, 64, 128)  # of a tile of gemm
+GEMM_COLUMNS = 64  # of one of its steps
 RESERVED = 1024  # bytes of shared memory that CUDA keeps of every CTA
 
 
@@ -40,6 +42,11 @@ class Stages:
     def defines(self) -> dict[str, int]:
         """Macros of the kernels that decode."""
         return {"E8P_STAGES": self.e8p, "E81B_STAGES": self.e81b}
+
+
+def table_bytes(stages: Stages, copies: int) -> int:
+    """Shared memory up to the end of so many copies of the decode tables, as decode.cuh lays it out."""
+    return 1024 + ((1 + stages.e81b) * 65536 if copies == 32 else 2048 + 1024 * stages.e81b)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +81,8 @@ class Variant:
 
     @property
     def table_bytes(self) -> int:
-        """Shared memory up to the end of the tables, as decode.cuh lays it out."""
-        return 1024 + ((1 + self.stages.e81b) * 65536 if self.copies == 32 else 2048 + 1024 * self.stages.e81b)
+        """Shared memory up to the end of the tables."""
+        return table_bytes(self.stages, self.copies)
 
     def shared_limit(self, shared: int) -> int:
         """Shared memory that each of `ctas` CTAs can have where one alone can have `shared` bytes."""
@@ -108,6 +115,87 @@ def variants(copies: int) -> set[Variant]:
     recipes = [Stages(e8p, e81b) for e8p in range(1, 5) for e81b in (0, 1) if e8p + e81b <= 4]
     choices = product(recipes, (1, 2, 4), (False, True), (False, True))
     return {variant(stages, tiles, copies, aligned, large) for stages, tiles, aligned, large in choices}
+
+
+@dataclass(frozen=True, slots=True)
+class Gemm:
+    """One compiled gemm: `tokens` of a tile, `tiles` of 16 rows that each of a CTA's `warps` has, `ctas` that share a
+    multiprocessor, `depth` slots for the steps that are on their way, `copies` of the decode tables."""
+
+    stages: Stages
+    tokens: int
+    tiles: int
+    warps: int
+    ctas: int
+    depth: int
+    copies: int
+
+    @property
+    def defines(self) -> dict[str, int]:
+        return {
+            **self.stages.defines,
+            "TOKENS": self.tokens,
+            "M_TILES": self.tiles,
+            "WARPS": self.warps,
+            "CTAS": self.ctas,
+            "DEPTH": self.depth,
+            "COPIES": self.copies,
+        }
+
+    @property
+    def rows(self) -> int:
+        """Of a CTA."""
+        return TILE * self.tiles * self.warps
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of one step: activations, and codes."""
+        codes = 256 * self.stages.e8p + 128 * self.stages.e81b
+        return 2 * GEMM_COLUMNS * self.tokens + self.tiles * self.warps * codes
+
+    @property
+    def shared_bytes(self) -> int:
+        return table_bytes(self.stages, self.copies) + self.depth * self.slot_bytes
+
+
+def gemm_variant(stages: Stages, tokens: int, shared: int) -> Gemm:
+    """The gemm for so many tokens where a CTA can have `shared` bytes: as many warps as find their registers without
+    spilling, tables for every lane if that leaves room for three steps."""
+    tile = next((tile for tile in GEMM_TOKENS if tokens <= tile), GEMM_TOKENS[-1])
+    warps = 8 if tile == 128 else 12 if tile == 64 or stages.count > 3 else 16
+    for copies, least in ((32, 3), (1, 2)):
+        one = Gemm(stages, tile, 2, warps, 1, 1, copies)
+        depth = min(6, (shared - table_bytes(stages, copies)) // one.slot_bytes)
+        if depth >= least:
+            return replace(one, depth=depth)
+    raise UnsupportedLayoutError(f"expected {one.shared_bytes + one.slot_bytes} bytes of shared memory, got {shared}")
+
+
+@cache
+def share_steps(chosen: Gemm, rows: int, columns: int, token_tiles: int, processors: int) -> tuple[int, int]:
+    """Among how many CTAs the steps of every row tile of a padded weight are to be cut for each tile of tokens, and the
+    most CTAs that then share a row tile, which is the number of slices to add up."""
+    tiles, steps = -(-rows // chosen.rows), columns // GEMM_COLUMNS
+    most = min(tiles * steps, max(1, processors * chosen.ctas // token_tiles))
+    # Some end with row tiles: fewer slices. All there can be have the least to do each.
+    numbers = {most, *range(tiles, most + 1, tiles), *(n for n in range(1, min(tiles, most) + 1) if tiles % n == 0)}
+    step = chosen.warps * chosen.tiles * max(0.0005 * chosen.tokens, 0.004 + 0.008 * chosen.stages.count)
+    add = 0.1 + 8e-6 / 3 * rows * chosen.tokens * token_tiles
+
+    def cost(ctas: int) -> float:  # about the microseconds
+        return -(-tiles * steps // ctas) * step + _slices(tiles, steps, ctas) * add
+
+    best = min(sorted(numbers), key=cost)
+    return best, _slices(tiles, steps, best)
+
+
+def _slices(tiles: int, steps: int, ctas: int) -> int:
+    """The most of `ctas` that share a row tile: step u is that of CTA ((u + 1) ctas - 1) / (tiles steps)."""
+
+    def owner(u: int) -> int:
+        return ((u + 1) * ctas - 1) // (tiles * steps)
+
+    return max(owner((tile + 1) * steps - 1) - owner(tile * steps) for tile in range(tiles)) + 1
 
 
 @dataclass(frozen=True, slots=True)

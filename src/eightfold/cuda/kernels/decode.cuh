@@ -19,12 +19,22 @@ constexpr u32 TABLES = 1024; // absolute shared address: lookups need no base; s
 constexpr u32 E81B_TABLE = TABLES + (COPIES == 32 ? 65536 : 2048);
 constexpr u32 TABLES_END = E81B_TABLE + (E81B_STAGES ? (COPIES == 32 ? 65536 : 1024) : 0);
 
+// Nibbles in the order 0, 2, 4, 6, 1, 3, 5, 7: neighbours lie at the same place of either half.
+__device__ __forceinline__ u32 pair_nibbles(u32 word) {
+  u32 paired = 0;
+#pragma unroll
+  for (int k = 0; k < 8; ++k) paired |= (word >> 4 * k & 15) << (16 * (k & 1) + 4 * (k >> 1));
+  return paired;
+}
+
 // `tables`: at address TABLES. By all threads; no barrier. A thread takes a word; lanes start at different copies of theirs,
-// so that no two store to the same bank.
+// so that no two store to the same bank. PAIRS: pair_nibbles of every word.
+template <bool PAIRS = false>
 __device__ __forceinline__ void fill_tables(u8* tables) {
   for (int i = threadIdx.x; i < 512 + 256 * E81B_STAGES; i += blockDim.x) {
     const int kind = i >> 8, row = i & 255;
-    const u32 word = (kind == 0 ? PATTERNS : kind == 1 ? SIGNS : E81B)[row];
+    u32 word = (kind == 0 ? PATTERNS : kind == 1 ? SIGNS : E81B)[row];
+    if (PAIRS) word = pair_nibbles(word);
     if (COPIES == 32) {
       u8* const at = tables + (kind == 2 ? E81B_TABLE - TABLES : 128 * kind) + 256 * row;
 #pragma unroll
@@ -47,10 +57,10 @@ __device__ __forceinline__ u32 read_word(u32 at) {
   asm volatile("ld.shared.u32 %0, [%1 + %2];" : "=r"(word) : "r"(at), "n"(BASE));
   return word;
 }
-// Even and odd nibbles of code number CODE (0 or 1) in a word.
+// The two words whose XOR is the nibbles of code number CODE (0 or 1) in a word.
 template <int CODE>
-__device__ __forceinline__ void decode_e8p(u32 word, u32 lane4, u32& even, u32& odd) {
-  u32 pattern = row_of<2 * CODE + 1>(word, lane4), signs = row_of<2 * CODE>(word, lane4);
+__device__ __forceinline__ void look_up_e8p(u32 word, u32 lane4, u32& pattern, u32& signs) {
+  pattern = row_of<2 * CODE + 1>(word, lane4), signs = row_of<2 * CODE>(word, lane4);
   if (COPIES == 32) {
     pattern = read_word<TABLES>(pattern);
     signs = read_word<TABLES + 128>(signs);
@@ -58,13 +68,24 @@ __device__ __forceinline__ void decode_e8p(u32 word, u32 lane4, u32& even, u32& 
     pattern = read_word<TABLES>(4 * pattern);
     signs = read_word<TABLES + 1024>(4 * signs);
   }
+}
+// Even and odd nibbles of code number CODE (0 or 1) in a word.
+template <int CODE>
+__device__ __forceinline__ void decode_e8p(u32 word, u32 lane4, u32& even, u32& odd) {
+  u32 pattern, signs;
+  look_up_e8p<CODE>(word, lane4, pattern, signs);
   // One LOP3 each, (a ^ b) & c; left to itself the compiler shares the XOR and takes three.
   asm("lop3.b32 %0, %1, %2, %3, 0x28;" : "=r"(even) : "r"(pattern), "r"(signs), "n"(EVEN));
   asm("lop3.b32 %0, %1, %2, %3, 0x28;" : "=r"(odd) : "r"(pattern), "r"(signs), "n"(ODD));
 }
 template <int CODE> // 0 to 3
+__device__ __forceinline__ u32 look_up_e81b(u32 word, u32 lane4) {
+  const u32 row = row_of<CODE>(word, lane4);
+  return read_word<E81B_TABLE>(COPIES == 32 ? row : 4 * row);
+}
+template <int CODE>
 __device__ __forceinline__ void decode_e81b(u32 word, u32 lane4, u32& even, u32& odd) {
-  const u32 row = row_of<CODE>(word, lane4), nibbles = read_word<E81B_TABLE>(COPIES == 32 ? row : 4 * row);
+  const u32 nibbles = look_up_e81b<CODE>(word, lane4);
   even = nibbles & EVEN;
   odd = nibbles & ODD;
 }
