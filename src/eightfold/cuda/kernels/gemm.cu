@@ -193,7 +193,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) gemm(const __grid
     copy_activations(x + 64 * x_step, p.tokens - token0, p.columns, TABLES_END + slot * SLOT);
     if (++x_step == steps) x_step = 0;
   };
-#pragma unroll
+#pragma unroll 1
   for (int d = 0; d < DEPTH - 1; ++d)
     if (d < count) copy_codes(d);
   if (base > TABLES) __trap();
@@ -203,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) gemm(const __grid
 #pragma unroll
   for (int s = 0; s + 1 < STAGES; ++s) ratios[s] = pair_of(p.ratios[s + 1] / p.ratios[s]);
   wait_for_previous();
-#pragma unroll
+#pragma unroll 1
   for (int d = 0; d < DEPTH - 1; ++d) {
     if (d < count) copy_x(d);
     commit();
