@@ -132,16 +132,34 @@ struct Codes {
   }
 };
 
-// 64 columns of a tile of tokens into a slot, eight columns a thread: eight of a token are at word (eight ^ token % 2), so
-// that the lanes of a quarter warp, two tokens by four even or odd eights, read different banks.
-__device__ __forceinline__ void copy_activations(const u16* x, int tokens, int columns, u32 to) {
-#pragma unroll
-  for (int i = threadIdx.x; i < 8 * TOKENS; i += 32 * WARPS) {
-    const int token = i >> 3, eight = i & 7;
-    if (token < tokens)
-      copy_async<16>(to + 128 * token + 16 * (eight ^ (token & 1)), x + (long long)token * columns + 8 * eight);
+// The next 64 columns of a tile of tokens, eight columns a thread and round: eight number e of a token lies in a slot at
+// word e ^ token % 2, so that the lanes of a quarter warp, two tokens by four even or odd eights, read different banks.
+struct Activations {
+  static constexpr int ROUND = 4 * WARPS; // tokens
+  const u16* at;
+  u32 to;     // in a slot
+  int tokens; // that there are from the thread's on
+  int step;
+
+  __device__ __forceinline__ void start(const Params& p, int token0, int first_step) {
+    const int token = threadIdx.x >> 3, eight = threadIdx.x & 7;
+    at = p.x + (long long)(token0 + token) * p.columns + 64 * first_step + 8 * eight;
+    to = 128 * token + 16 * (eight ^ (token & 1));
+    tokens = min(TOKENS, p.tokens - token0) - token;
+    step = first_step;
   }
-}
+  __device__ __forceinline__ void copy(const Params& p, u32 slot, int steps) {
+#pragma unroll
+    for (int round = 0; round < (TOKENS + ROUND - 1) / ROUND; ++round)
+      if (round * ROUND < tokens)
+        copy_async<16>(slot + to + 128 * ROUND * round, at + (long long)(round * ROUND) * p.columns);
+    at += 64;
+    if (++step == steps) {
+      step = 0;
+      at -= p.columns;
+    }
+  }
+};
 
 // Store a warp's sums of a row tile and start again from zero.
 __device__ __forceinline__ void store(float (&sums)[M_TILES][N_TILES][4], const Params& p, int slice, int token0, int row0,
@@ -180,7 +198,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) gemm(const __grid
   codes.tiles = p.rows / 16;
   codes.start(p, row_tile, step, warp, lane);
   int next_tile = row_tile, next_step = step;
-  const u16* x = p.x + (long long)token0 * p.columns;
   const auto copy_codes = [&](int slot) {
     codes.copy(p, TABLES_END + slot * SLOT + my_codes, lane);
     if (++next_step == steps) {
@@ -188,11 +205,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) gemm(const __grid
       codes.start(p, ++next_tile, 0, warp, lane);
     }
   };
-  int x_step = step;
-  const auto copy_x = [&](int slot) {
-    copy_activations(x + 64 * x_step, p.tokens - token0, p.columns, TABLES_END + slot * SLOT);
-    if (++x_step == steps) x_step = 0;
-  };
+  Activations activations;
+  activations.start(p, token0, step);
 #pragma unroll 1
   for (int d = 0; d < DEPTH - 1; ++d)
     if (d < count) copy_codes(d);
@@ -205,7 +219,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) gemm(const __grid
   wait_for_previous();
 #pragma unroll 1
   for (int d = 0; d < DEPTH - 1; ++d) {
-    if (d < count) copy_x(d);
+    if (d < count) activations.copy(p, TABLES_END + d * SLOT, steps);
     commit();
   }
 
@@ -218,7 +232,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) gemm(const __grid
     if (i + DEPTH - 1 < count) {
       const int free = slot == 0 ? DEPTH - 1 : slot - 1;
       copy_codes(free);
-      copy_x(free);
+      activations.copy(p, TABLES_END + free * SLOT, steps);
     }
     commit();
     const u32 at = TABLES_END + slot * SLOT;
