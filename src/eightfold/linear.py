@@ -44,7 +44,7 @@ def _reference(
 ) -> Tensor:
     """x float [..., K] times the packed weight: [..., N] in x's dtype, computed in float32.
 
-    `codes`, `scale_in` [K], `scale_out` [N], `bias` [N] as the format has them, or `codes` tiled (tile);
+    `codes`, `scale_in` [K], `scale_out` [N], `bias` [N] as the format has them, or `codes` as `tile` makes them;
     `ratios` float32 [S]; blocks as flat [size, count] pairs.
     """
     codes = [untile(c) for c in codes]

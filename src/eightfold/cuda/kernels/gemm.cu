@@ -212,7 +212,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) gemm(const __grid
     if (d < count) copy_codes(d);
   if (base > TABLES) __trap();
   fill_tables<true>(dynamic - base + TABLES);
-  u32 ratios[STAGES]; // stage 0's is for what is stored
+  u32 ratios[STAGES]; // of stage s + 1 to stage s; the first stage's own waits until sums are stored
   const float first_ratio = p.ratios[0];
 #pragma unroll
   for (int s = 0; s + 1 < STAGES; ++s) ratios[s] = pair_of(p.ratios[s + 1] / p.ratios[s]);
