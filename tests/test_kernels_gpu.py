@@ -75,7 +75,7 @@ def check(module: QuantLinear, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_shapes_and_rates(n, k, bits):
     module = layer(n, k, bits, bias="float16" if bits % 2 else None)
-    for tokens in (1, 4, 7, 16, 37, 200):
+    for tokens in (1, 4, 7, 16, 20, 37, 200, 300):
         check(module, torch.randn(tokens, k, device="cuda").half())
 
 
@@ -139,7 +139,7 @@ def test_shapes_of_x():
 def test_a_token_does_not_depend_on_its_batch():
     module = layer(768, 1152, 3)
     x = torch.randn(16, 1152, device="cuda").half()
-    for group in ((1, 2, 3, 4), (5, 6, 7, 8), (9, 12, 16)):
+    for group in ((1, 2, 3, 4), (5, 6, 7, 8), (9, 12, 16), (17, 25, 32), (33, 64), (65, 128), (129, 256)):
         rows = [module(torch.cat([x[:1], torch.randn(n - 1, 1152, device="cuda").half() * 9]))[0] for n in group]
         assert all(torch.equal(row, rows[0]) for row in rows)
     together = module(torch.cat([x, x]))
@@ -156,11 +156,12 @@ def test_values_at_the_edges():
     check(module, huge * 1e-3)
     check(module, huge.bfloat16())
     for bad in (float("nan"), float("inf")):
-        x = torch.randn(2, 576, device="cuda").half()
-        x[1, 100] = bad
-        y = module(x)
-        assert torch.isfinite(y[0]).all()
-        assert not torch.isfinite(y[1]).all()
+        for tokens in (2, 40):
+            x = torch.randn(tokens, 576, device="cuda").half()
+            x[1, 100] = bad
+            y = module(x)
+            assert torch.isfinite(y[[0, *range(2, tokens)]]).all()
+            assert not torch.isfinite(y[1]).all()
 
 
 def test_streams_and_threads():
@@ -254,7 +255,7 @@ def test_two_devices():
 def test_sanitize(bits):
     for n, k in ((200, 576), (48, 960)):
         module = layer(n, k, bits, bias="float16")
-        for tokens in (1, 8, 16, 640, 2048):
+        for tokens in (1, 8, 16, 33, 200, 640, 2048):
             module(torch.randn(tokens, k, device="cuda").half())
     spec = LayerSpec(520, 1080, bits, (512, 8), (1024, 64))
     for tokens in (1, 8, 640):

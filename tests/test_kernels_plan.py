@@ -17,13 +17,14 @@ import torch
 from packing import random_packed
 
 from eightfold import linear as layers
-from eightfold.cuda import dense
+from eightfold.cuda import dense, gemm
 from eightfold.cuda import linear as host
 from eightfold.cuda import plan as planning
 from eightfold.cuda import rotate as rotations
 from eightfold.cuda.compiler import KERNELS
-from eightfold.cuda.linear import MOST_MATVEC, Weight, can_tile, tile, untile
+from eightfold.cuda.linear import MOST_GEMM, MOST_MATVEC
 from eightfold.cuda.plan import (
+    GEMM_TOKENS,
     MATVEC_TOKENS,
     MAX_RUNS,
     MAX_SLICE,
@@ -35,13 +36,16 @@ from eightfold.cuda.plan import (
     UnsupportedLayoutError,
     block_count,
     check,
+    gemm_variant,
     make_plan,
     pack_borders,
     pack_runs,
     runs,
+    share_steps,
     variant,
     variants,
 )
+from eightfold.cuda.weight import Weight, can_tile, tile, untile
 from eightfold.format import LayerSpec
 from eightfold.linear import QuantLinear
 from eightfold.rotation import IN_FLOOR, layout_blocks, rotate, run_lengths
@@ -84,6 +88,7 @@ STRUCTS = {
     "rotate_wide_input": ("rotate.cu", "RotateParams"),
     "rotate_wide_output": ("rotate.cu", "RotateParams"),
     "matvec": ("matvec.cu", "Params"),
+    "gemm": ("gemm.cu", "Params"),
     "dequantize": ("dequantize.cu", "Params"),
 }
 
@@ -148,11 +153,11 @@ def gpu(monkeypatch):
         return found
 
     monkeypatch.setattr(host, "arch", lambda device: fake.arch)
-    for module in (host, rotations, dense):
+    for module in (host, rotations, dense, gemm):
         monkeypatch.setattr(module, "load", fake.load)
         monkeypatch.setattr(module, "sm_count", lambda device: fake.processors)
         monkeypatch.setattr(module, "_index", lambda device: 0)
-    for module in (host, rotations):
+    for module in (host, rotations, gemm):
         monkeypatch.setattr(module, "max_shared", lambda device: fake.shared)
     monkeypatch.setattr(host, "_workspace", recorded)
     monkeypatch.setattr(host._Counters, "_zeros", lambda self, count: torch.zeros(count, dtype=torch.int32))
@@ -400,6 +405,58 @@ def test_variants(copies):
         assert variant(stages, 1, copies, True, False).table_bytes == (wide if copies == 32 else narrow)
 
 
+# --- plan.py: gemm
+
+
+@pytest.mark.parametrize("shared", [101376, 166912, 232448])
+def test_gemm_variants(shared):
+    macros = re.search(r"// Compiled with (.*?)\.\n", (KERNELS / "gemm.cu").read_text(), re.DOTALL)[1]
+    for e8p, e81b in [(n, m) for n in range(1, 5) for m in (0, 1) if n + m <= 4]:
+        for tokens in range(17, MOST_GEMM + 1):
+            chosen = gemm_variant(Stages(e8p, e81b), tokens, shared)
+            assert chosen.tokens == next((t for t in GEMM_TOKENS if tokens <= t), GEMM_TOKENS[-1])
+            assert chosen.shared_bytes <= shared
+            assert chosen.depth >= 2
+            assert chosen.copies == 1 or shared > 160 * 1024
+            assert chosen.tiles % 2 == 0
+            assert all(macro in macros for macro in chosen.defines)
+            # float32 sums of a thread, among its registers
+            assert chosen.tiles * chosen.tokens // 2 <= 65536 // (32 * chosen.warps * chosen.ctas) - 60
+    with pytest.raises(UnsupportedLayoutError, match="bytes of shared memory, got 20000"):
+        gemm_variant(Stages(1, 0), 17, 20000)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_steps_of_a_gemm_are_shared_out(seed):
+    rng = random.Random(seed)
+    for _ in range(60):
+        rows, columns = 16 * rng.randint(1, 4096), 64 * rng.randint(1, 1024)
+        tokens, processors = rng.choice([32, 64, 128, 256]), rng.choice([20, 108, 132])
+        chosen = gemm_variant(Stages(rng.randint(1, 3), rng.randint(0, 1)), tokens, rng.choice([101376, 232448]))
+        token_tiles = -(-tokens // chosen.tokens)
+        ctas, slices = share_steps.__wrapped__(chosen, rows, columns, token_tiles, processors)
+        steps, tiles = columns // 64, -(-rows // chosen.rows)
+        assert 1 <= ctas * token_tiles <= max(chosen.ctas * processors, token_tiles)
+        assert steps * tiles * ctas < 1 << 32  # as gemm.cu computes
+        starts = [steps * tiles * cta // ctas for cta in range(ctas + 1)]
+        assert all(a < b for a, b in pairwise(starts))
+        shares = [0] * tiles
+        for cta, (start, end) in enumerate(pairwise(starts)):
+            for tile_ in range(start // steps, (end - 1) // steps + 1):
+                first_owner = ((tile_ * steps + 1) * ctas - 1) // (steps * tiles)
+                assert cta - first_owner == shares[tile_]  # the number of its slice
+                shares[tile_] += 1
+        assert max(shares) == slices
+        assert slices <= -(-processors * chosen.ctas // (token_tiles * tiles)) + 1
+
+
+def test_gemm_uses_the_device_for_large_layers():
+    chosen = gemm_variant(Stages(2, 0), 32, DEVICES[32][1])
+    ctas, slices = share_steps(chosen, 14336, 4096, 1, 132)
+    assert ctas >= 100
+    assert slices <= 6
+
+
 # --- linear.py: weights
 
 
@@ -615,12 +672,42 @@ def test_wide_output_blocks_take_a_launch_more(gpu, tokens, out_blocks, copies):
     assert launch.shared >= (1024 if p.scratch else 4 * (p.buffer + 32))
 
 
+@pytest.mark.parametrize("tokens", [17, 32, 33, 64, 65, 128, 129, MOST_GEMM])
+@pytest.mark.parametrize(("tiled", "bias", "bits"), [(False, None, 3), (True, "bfloat16", 4)])
+def test_tokens_that_a_tile_holds_decode_once(gpu, tokens, tiled, bias, bits):
+    packed = packed_for(bits=bits, bias=bias)
+    weight, x = weight_of(packed, tiled), activations(tokens, dtype=torch.bfloat16)
+    y = host.linear(x, weight, packed.bias)
+    assert gpu.names() == ["rotate_input", "gemm", "rotate_output"]
+    first, launch, last = gpu.launches
+    chosen = gemm_variant(weight.stages, tokens, gpu.shared)
+    assert (launch.defines, launch.shared) == (chosen.defines, chosen.shared_bytes)
+    tiles = -(-tokens // chosen.tokens)
+    ctas, slices = share_steps(chosen, 208, 960, tiles, gpu.processors)
+    assert launch.grid == (ctas, tiles, 1)
+    assert (launch.block, launch.stream, launch.overlap) == (32 * chosen.warps, 7, tiled)
+    p = launch.p
+    assert list(p.codes) == [address(c) for c in weight.codes]
+    assert (p.x, p.ratios, p.partial) == (first.p.y, address(weight.ratios), last.p.x)
+    assert (p.row_stride, p.column_stride, p.tile_stride) == weight.strides
+    assert (p.tokens, p.columns, p.rows, p.slices) == (tokens, 960, 208, slices)
+    assert (first.p.x, first.p.x_dtype, first.p.y_dtype, first.p.padded) == (address(x), 1, 0, 960)
+    assert (first.p.scale, first.p.bias, first.p.scales) == (address(packed.scale_in), 0, last.p.scales)
+    assert raw(first.p, "runs") == pack_runs(weight.in_blocks)
+    assert (last.p.x_dtype, last.p.padded, last.p.tokens, last.p.slices) == (2, 208, tokens, slices)
+    assert (last.p.y, last.p.y_dtype, last.p.scale) == (address(y), 1, address(packed.scale_out))
+    assert last.p.bias == (0 if bias is None else address(packed.bias))
+    assert raw(last.p, "runs") == pack_runs(weight.out_blocks)
+
+
 @pytest.mark.parametrize(
     ("tokens", "groups"),
     [(17, [16, 1]), (18, [16, 2]), (33, [16, 16, 1]), (MOST_MATVEC, [16] * (MOST_MATVEC // MATVEC_TOKENS))],
 )
-def test_more_tokens_are_more_launches(gpu, tokens, groups):
+def test_more_tokens_of_what_cannot_be_tiled_are_more_launches(gpu, tokens, groups):
     weight, x = weight_of(packed_for()), activations(tokens)
+    weight.codes = [torch.empty(c.numel() + 1, dtype=c.dtype)[1:].view_as(c) for c in weight.codes]
+    assert not weight.aligned
     y = host.linear(x, weight, None)
     launches = [launch for launch in gpu.launches if launch.name == "matvec"]
     assert len(gpu.launches) == sum(1 if group == 1 else 2 for group in groups)
@@ -636,7 +723,7 @@ def test_more_tokens_are_more_launches(gpu, tokens, groups):
     ((32768,), (512, 64, 32), [(0, 512), (512, 608)]),  # a block is longer than a piece
 ])  # fmt: skip
 def test_many_tokens_are_a_dense_product(gpu, monkeypatch, tiled, bias, in_blocks, out_blocks, spans):
-    tokens, k, wide = MOST_MATVEC + 1, sum(in_blocks) - 1, out_blocks is not None
+    tokens, k, wide = MOST_GEMM + 1, sum(in_blocks) - 1, out_blocks is not None
     if wide:
         gpu.processors, gpu.shared = 8, DEVICES[1][1]
     monkeypatch.setattr(dense, "piece_rows", lambda *sizes: 256)
@@ -877,7 +964,7 @@ def check_prepared(gpu, packed, monkeypatch) -> None:
     assert host._counters_of.cache_info().currsize == 1
     assert gpu.waits
     gpu.capturing = True
-    for tokens in (1, 2, 5, 9, 16, 17, 37, MOST_MATVEC, MOST_MATVEC + 1):
+    for tokens in (1, 2, 5, 9, 16, 17, 37, MOST_MATVEC, MOST_MATVEC + 1, 100, MOST_GEMM, MOST_GEMM + 1):
         host.linear(activations(tokens, k), weight, packed.bias)
     assert gpu.loads[before:] == []
 

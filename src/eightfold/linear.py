@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from eightfold.cuda import linear as kernels
+from eightfold.cuda.weight import Weight, can_tile, tile, untile
 from eightfold.e8p import codebook
 from eightfold.format import STAGES, LayerSpec, PackedWeight, StageRecipe, code_names, layer_tensors
 from eightfold.quantize import dequantize
@@ -43,10 +44,10 @@ def _reference(
 ) -> Tensor:
     """x float [..., K] times the packed weight: [..., N] in x's dtype, computed in float32.
 
-    `codes`, `scale_in` [K], `scale_out` [N], `bias` [N] as the format has them, or `codes` tiled (kernels.tile);
+    `codes`, `scale_in` [K], `scale_out` [N], `bias` [N] as the format has them, or `codes` as `tile` makes them;
     `ratios` float32 [S]; blocks as flat [size, count] pairs.
     """
-    codes = [kernels.untile(c) for c in codes]
+    codes = [untile(c) for c in codes]
     recipe = StageRecipe(tuple(_STAGE_OF[c.dtype] for c in codes), tuple(ratios.tolist()))
     spec = LayerSpec(scale_out.numel(), scale_in.numel(), recipe.bits, _expand(out_blocks), _expand(in_blocks), None)
     weight = dequantize(PackedWeight(spec, recipe, tuple(codes), scale_in, scale_out))
@@ -69,7 +70,7 @@ def _on_gpu(
     for tensor in (*codes, ratios, scale_in, scale_out):
         if tensor.device != x.device:
             raise ValueError(f"expected all on {x.device}, where the input is, got a tensor on {tensor.device}")
-    weight = kernels.Weight(codes, ratios, scale_in, scale_out, in_blocks, out_blocks)
+    weight = Weight(codes, ratios, scale_in, scale_out, in_blocks, out_blocks)
     if not _has_kernels(weight, x.dtype):
         return _reference(x, codes, ratios, scale_in, scale_out, bias, in_blocks, out_blocks)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -97,7 +98,7 @@ torch.library.impl("eightfold::linear", "cuda", _on_gpu)
 torch.library.register_fake("eightfold::linear", _linear_fake)
 
 
-def _has_kernels(weight: kernels.Weight, dtype: torch.dtype) -> bool:
+def _has_kernels(weight: Weight, dtype: torch.dtype) -> bool:
     return (
         dtype in (torch.float16, torch.bfloat16) and kernels.supported(weight.ratios.device) and kernels.takes(weight)
     )
@@ -150,7 +151,7 @@ class QuantLinear(nn.Module):
 
     def packed(self) -> PackedWeight:
         """The weight as the format has it; shares the parameters' memory, unless `prepare` tiled the codes."""
-        named = {name: kernels.untile(parameter.detach()) for name, parameter in self.named_parameters()}
+        named = {name: untile(parameter.detach()) for name, parameter in self.named_parameters()}
         return PackedWeight.from_tensors(self.spec, self.recipe, named)
 
     def prepare(self, dtype: torch.dtype = torch.float32) -> QuantLinear:
@@ -166,11 +167,11 @@ class QuantLinear(nn.Module):
             raise ValueError("expected parameters with data, these are on the meta device: load them first")
         self._prepared, self._dense = dtype, None
         self._ratios = self._ratios.to(self.scale_in.device)
-        weight = kernels.Weight(*self._arguments())
+        weight = Weight(*self._arguments())
         if _has_kernels(weight, dtype):
-            if not weight.tiled and kernels.can_tile(weight.padded_out, weight.in_blocks):
-                self._replace_codes(kernels.tile)
-            kernels.prepare(kernels.Weight(*self._arguments()))
+            if not weight.tiled and can_tile(weight.padded_out, weight.in_blocks):
+                self._replace_codes(tile)
+            kernels.prepare(Weight(*self._arguments()))
         else:
             self._dense = dequantize(self.packed()).to(dtype)
         return self
@@ -215,11 +216,11 @@ class QuantLinear(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self._code_names:
-            destination[prefix + name] = kernels.untile(destination[prefix + name])
+            destination[prefix + name] = untile(destination[prefix + name])
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         if self.get_parameter(self._code_names[0]).dim() == 4:
-            self._replace_codes(kernels.untile)
+            self._replace_codes(untile)
         super()._load_from_state_dict(*args, **kwargs)
         if self._prepared is not None:
             self.prepare(self._prepared)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 from functools import cache
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,9 +13,7 @@ from eightfold.cuda.driver import Kernel, load, sm_count
 from eightfold.cuda.driver import device_index as _index
 from eightfold.cuda.plan import Stages
 from eightfold.cuda.rotate import DTYPES, Rows, Side, rotate_input, rotate_output
-
-if TYPE_CHECKING:
-    from eightfold.cuda.linear import Weight
+from eightfold.cuda.weight import Weight
 
 DENSE_BYTES = 512 << 20  # most float16 weights decoded at once
 _STEP = 256  # rows of a piece are a multiple: of cuBLAS's tiles, and of the blocks of the default layout

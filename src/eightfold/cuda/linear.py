@@ -1,10 +1,11 @@
 """`eightfold::linear` on a GPU: which kernels run for how many tokens, with what workspace.
 
 Up to 16 tokens: matvec, which reads the codes once; quantize_input before it, unless matvec can do that itself (one
-token). Up to MOST_MATVEC: the same for every 16. More: the weight is decoded to float16, piece after piece, and cuBLAS
-multiplies (dense.py). Everything is queued on the current stream; memory comes from PyTorch's pool. Within 2-8 and 9-16
-tokens (the last of every 16 too) a token's result does not depend on the others; above MOST_MATVEC that is
-cuBLAS's affair.
+token). Up to MOST_GEMM: gemm, between rotate_input and rotate_output; where codes cannot be tiled, matvec for every 16
+up to MOST_MATVEC. More: the weight is decoded to float16, piece after piece, and cuBLAS multiplies (dense.py).
+Everything is queued on the current stream; memory comes from PyTorch's pool. Within 2-8 and 9-16 tokens (of several 16,
+the last too), 17-32, 33-64 and every further 128 a token's result does not depend on the others; where cuBLAS
+multiplies that is its affair.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import logging
 import struct
 import threading
-from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from eightfold.cuda.dense import dense, dequantize
 from eightfold.cuda.driver import Kernel, arch, load, max_shared, sm_count
 from eightfold.cuda.driver import device_index as _index
+from eightfold.cuda.gemm import multiply, prepare_gemm
 from eightfold.cuda.plan import (
     ALONE_TOKENS,
     MATVEC_TOKENS,
@@ -36,7 +37,6 @@ from eightfold.cuda.plan import (
     make_plan,
     pack_borders,
     pack_runs,
-    runs,
     variant,
 )
 from eightfold.cuda.rotate import (
@@ -48,68 +48,17 @@ from eightfold.cuda.rotate import (
     kernel,
     longest,
     prepare_rotations,
+    rotate_input,
     rotate_output,
     shared_buffer,
     whole,
 )
+from eightfold.cuda.weight import Weight
 
 _LOG = logging.getLogger("eightfold")
 CLASSES = 1, 8, MATVEC_TOKENS  # most tokens of a launch of matvec: within a class nothing depends on their number
-MOST_MATVEC = 48  # tokens up to which several launches of matvec beat decoding the weight for cuBLAS
-
-
-class Weight:
-    """What the kernels need of a packed weight: its tensors and their shapes. E81B stages come last.
-
-    `codes`: as the file has them, [N, K / 8], or each as `tile` makes them."""
-
-    def __init__(
-        self,
-        codes: Sequence[Tensor],
-        ratios: Tensor,
-        scale_in: Tensor,
-        scale_out: Tensor,
-        in_blocks: Sequence[int],
-        out_blocks: Sequence[int],
-    ) -> None:
-        self.codes = codes
-        self.ratios, self.scale_in, self.scale_out = ratios, scale_in, scale_out
-        self.in_blocks, self.out_blocks = tuple(in_blocks), tuple(out_blocks)
-        rows, columns = codes[0].shape[:2]
-        self.tiled = codes[0].dim() == 4
-        self.padded_out, self.padded_in = (16 * rows, 64 * columns) if self.tiled else (rows, 8 * columns)
-        self.stages = Stages(*(sum(c.dtype == dtype for c in codes) for dtype in (torch.int16, torch.uint8)))
-
-    @property
-    def aligned(self) -> bool:
-        """Whether rows come in tiles of 16 and the codes of 64 columns start at multiples of 16 bytes."""
-        return can_tile(self.padded_out, self.in_blocks) and all(c.data_ptr() % 16 == 0 for c in self.codes)
-
-    @property
-    def strides(self) -> tuple[int, int, int]:
-        """Codes from row to row of a tile of 16, from 64 columns to the next, from tile to tile."""
-        if self.tiled:
-            return 8, 128, 2 * self.padded_in
-        pitch = self.codes[0].stride(0)
-        return pitch, 8, 16 * pitch
-
-
-@cache
-def can_tile(rows: int, in_blocks: tuple[int, ...]) -> bool:
-    """Whether `tile` takes codes of so many rows, under an input rotation of these blocks (flat pairs)."""
-    return rows % 16 == 0 and all(end % 64 == 0 for _, end, _ in runs(in_blocks))
-
-
-def tile(codes: Tensor) -> Tensor:
-    """Codes [N, K / 8] with those of 16 rows by 64 columns side by side: [N / 16, K / 64, 16, 8]. What a warp reads at
-    a time is then one piece of memory and not 16 pieces of 64 bytes."""
-    rows, columns = codes.shape
-    return codes.view(rows // 16, 16, columns // 8, 8).transpose(1, 2).contiguous()
-
-
-def untile(codes: Tensor) -> Tensor:
-    """The file's rows of codes, from them or from what `tile` made."""
-    return codes.transpose(1, 2).reshape(16 * len(codes), -1) if codes.dim() == 4 else codes
+MOST_GEMM = 256  # tokens up to which gemm beats decoding the weight for cuBLAS
+MOST_MATVEC = 48  # the same of several launches of matvec
 
 
 def supported(device: torch.device) -> bool:
@@ -155,6 +104,8 @@ def prepare(weight: Weight) -> None:
         kernel("quantize_input", shared_buffer(_plan(weight, chosen, tokens, device).buffer, device), device)
     prepare_rotations(weight.in_blocks, weight.out_blocks, device)
     dequantize(weight.stages, device)
+    if weight.aligned:
+        prepare_gemm(weight, MOST_GEMM)
     _counters_of(device)
     torch.cuda.current_stream(device).synchronize()
 
@@ -166,7 +117,9 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     tokens = len(x)
     y = x.new_empty(tokens, len(weight.scale_out))
     with torch.cuda.device(x.device):
-        if tokens > MOST_MATVEC:
+        if MATVEC_TOKENS < tokens <= MOST_GEMM and weight.aligned:
+            _gemm(x, weight, bias, y)
+        elif tokens > MOST_MATVEC:
             dense(x, weight, bias, y)
         else:
             for at in range(0, tokens, MATVEC_TOKENS):
@@ -233,6 +186,18 @@ def _quantize(x: Tensor, weight: Weight, plan: Plan, to: list[int], counters: in
     )  # fmt: skip
     params += pack_borders(plan.chunks) + pack_borders(plan.slices) + pack_runs(weight.in_blocks)
     kernel("quantize_input", shared, device).launch((chunks, len(x), 1), THREADS, whole(params), stream, True)
+
+
+def _gemm(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
+    """Rotate, multiply by the codes, rotate back. Workspace: float16 [tokens, K], float32 [slices, tokens, N]."""
+    tokens, stream = len(x), torch.cuda.current_stream(_index(x.device)).cuda_stream
+    rotated = x.new_empty(tokens, weight.padded_in, dtype=torch.float16)
+    divisors = x.new_empty(tokens, dtype=torch.float32)
+    rotate_input(x, Side(weight.scale_in, None, weight.in_blocks, weight.tiled), rotated, divisors, stream)
+    sums = multiply(rotated, weight, stream)
+    source = Rows(sums.data_ptr(), weight.padded_out, DTYPES[sums.dtype], tokens, len(sums))
+    side = Side(weight.scale_out, bias, weight.out_blocks, weight.tiled)
+    rotate_output(source, side, y, divisors.data_ptr(), (0, weight.padded_out), stream)
 
 
 def _workspace(device: torch.device, *sizes: int) -> tuple[Tensor, list[int]]:

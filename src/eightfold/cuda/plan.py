@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate, pairwise, product
 
@@ -18,6 +18,8 @@ MAX_SLICE = 4096  # columns; the sums of that many products, 11 * 32600 at most 
 MAX_FEATURES = 65536  # of either side
 MATVEC_TOKENS = 16  # most tokens of one launch of matvec
 ALONE_TOKENS = 8  # most tokens that matvec rotates by itself; from two on, in slices of half the length
+GEMM_TOKENS = (32, 64, 128)  # of a tile of gemm
+GEMM_COLUMNS = 64  # of one of its steps
 RESERVED = 1024  # bytes of shared memory that CUDA keeps of every CTA
 MANY_COPIES = 160 << 10  # bytes of shared memory from which the decode tables have a copy for every lane
 TWO_CTAS = 224 << 10  # and from which two CTAs with such tables share a multiprocessor
@@ -47,6 +49,11 @@ class Stages:
     def defines(self) -> dict[str, int]:
         """Macros of the kernels that decode."""
         return {"E8P_STAGES": self.e8p, "E81B_STAGES": self.e81b}
+
+
+def table_bytes(stages: Stages, copies: int) -> int:
+    """Shared memory up to the end of so many copies of the decode tables, as decode.cuh lays it out."""
+    return 1024 + (2 + stages.e81b) * 1024 * copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +91,8 @@ class Variant:
     @property
     def fixed_bytes(self) -> int:
         """Shared memory up to the end of the tables and rings, as decode.cuh and matvec.cu lay it out."""
-        tables = 1024 + (2 + self.stages.e81b) * 1024 * self.copies
-        return tables + (self.warps * self.depth * self.rows * self.stages.tile_bytes if self.aligned else 0)
+        rings = self.warps * self.depth * self.rows * self.stages.tile_bytes if self.aligned else 0
+        return table_bytes(self.stages, self.copies) + rings
 
     def shared_limit(self, shared: int) -> int:
         """Shared memory that each of `ctas` CTAs can have where one alone can have `shared` bytes."""
@@ -100,8 +107,8 @@ class Variant:
 
 
 def variant(stages: Stages, tiles: int, shared: int, aligned: bool) -> Variant:
-    """The matvec for up to 4 * `tiles` tokens where a CTA can have `shared` bytes of shared memory: what measured fastest
-    on an H200 among those whose warps find their registers (65,536 a multiprocessor) without spilling."""
+    """The matvec for up to 4 * `tiles` tokens where a CTA can have `shared` bytes of shared memory: what measured
+    fastest on an H200 among those whose warps find their registers (65,536 a multiprocessor) without spilling."""
     many = shared >= MANY_COPIES
     rows = 2 if stages.count == 1 or (stages.e81b and stages.count * tiles == 2) else 1
     if tiles == 1 and shared >= TWO_CTAS and not stages.e81b:
@@ -119,6 +126,87 @@ def variants(shared: int) -> set[Variant]:
     recipes = [Stages(e8p, e81b) for e8p in range(1, 5) for e81b in (0, 1) if e8p + e81b <= 4]
     choices = product(recipes, (1, 2, 4), (False, True))
     return {variant(stages, tiles, shared, aligned) for stages, tiles, aligned in choices}
+
+
+@dataclass(frozen=True, slots=True)
+class Gemm:
+    """One compiled gemm: `tokens` of a tile, `tiles` of 16 rows that each of a CTA's `warps` has, `ctas` that share a
+    multiprocessor, `depth` slots for the steps that are on their way, `copies` of the decode tables."""
+
+    stages: Stages
+    tokens: int
+    tiles: int
+    warps: int
+    ctas: int
+    depth: int
+    copies: int
+
+    @property
+    def defines(self) -> dict[str, int]:
+        return {
+            **self.stages.defines,
+            "TOKENS": self.tokens,
+            "M_TILES": self.tiles,
+            "WARPS": self.warps,
+            "CTAS": self.ctas,
+            "DEPTH": self.depth,
+            "COPIES": self.copies,
+        }
+
+    @property
+    def rows(self) -> int:
+        """Of a CTA."""
+        return TILE * self.tiles * self.warps
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of one step: activations, and codes."""
+        codes = 256 * self.stages.e8p + 128 * self.stages.e81b
+        return 2 * GEMM_COLUMNS * self.tokens + self.tiles * self.warps * codes
+
+    @property
+    def shared_bytes(self) -> int:
+        return table_bytes(self.stages, self.copies) + self.depth * self.slot_bytes
+
+
+def gemm_variant(stages: Stages, tokens: int, shared: int) -> Gemm:
+    """The gemm for so many tokens where a CTA can have `shared` bytes: as many warps as find their registers without
+    spilling, tables for every lane if that leaves room for three steps."""
+    tile = next((tile for tile in GEMM_TOKENS if tokens <= tile), GEMM_TOKENS[-1])
+    warps = 8 if tile == 128 else 12 if tile == 64 or stages.count > 3 else 16
+    for copies, least in ((32, 3), (1, 2)):
+        one = Gemm(stages, tile, 2, warps, 1, 1, copies)
+        depth = min(6, (shared - table_bytes(stages, copies)) // one.slot_bytes)
+        if depth >= least:
+            return replace(one, depth=depth)
+    raise UnsupportedLayoutError(f"expected {one.shared_bytes + one.slot_bytes} bytes of shared memory, got {shared}")
+
+
+@cache
+def share_steps(chosen: Gemm, rows: int, columns: int, token_tiles: int, processors: int) -> tuple[int, int]:
+    """Among how many CTAs the steps of every row tile of a padded weight are to be cut for each tile of tokens, and the
+    most CTAs that then share a row tile, which is the number of slices to add up."""
+    tiles, steps = -(-rows // chosen.rows), columns // GEMM_COLUMNS
+    most = min(tiles * steps, max(1, processors * chosen.ctas // token_tiles))
+    # Some end with row tiles: fewer slices. All there can be have the least to do each.
+    numbers = {most, *range(tiles, most + 1, tiles), *(n for n in range(1, min(tiles, most) + 1) if tiles % n == 0)}
+    step = chosen.warps * chosen.tiles * max(0.0005 * chosen.tokens, 0.004 + 0.008 * chosen.stages.count)
+    add = 0.1 + 8e-6 / 3 * rows * chosen.tokens * token_tiles
+
+    def cost(ctas: int) -> float:  # about the microseconds
+        return -(-tiles * steps // ctas) * step + _slices(tiles, steps, ctas) * add
+
+    best = min(sorted(numbers), key=cost)
+    return best, _slices(tiles, steps, best)
+
+
+def _slices(tiles: int, steps: int, ctas: int) -> int:
+    """The most of `ctas` that share a row tile: step u is that of CTA ((u + 1) ctas - 1) / (tiles steps)."""
+
+    def owner(u: int) -> int:
+        return ((u + 1) * ctas - 1) // (tiles * steps)
+
+    return max(owner((tile + 1) * steps - 1) - owner(tile * steps) for tile in range(tiles)) + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,11 +278,9 @@ def pack_borders(borders: Sequence[int]) -> bytes:
 
 
 @cache
-def make_plan(
-    blocks: tuple[int, ...], rows: int, variant: Variant, tokens: int, processors: int, shared: int
-) -> Plan:
-    """Cut an input of up to `tokens` tokens with rotation `blocks` (flat pairs) and `rows` output rows for a device with
-    `processors` multiprocessors and `shared` bytes of shared memory for a CTA.
+def make_plan(blocks: tuple[int, ...], rows: int, variant: Variant, tokens: int, processors: int, shared: int) -> Plan:
+    """Cut an input of up to `tokens` tokens with rotation `blocks` (flat pairs) and `rows` output rows for a device
+    with `processors` multiprocessors and `shared` bytes of shared memory for a CTA.
 
     A slice is whole blocks, or part of one block that is longer than a slice can be. More slices fill the device
     better; fewer leave less to add up. The number of slices is the one whose slowest CTA has the least to do.

@@ -18,12 +18,22 @@ constexpr u32 TABLES = 1024; // absolute shared address: lookups need no base; s
 constexpr u32 ROW_BYTES = 4 * COPIES, TABLE_BYTES = 256 * ROW_BYTES;
 constexpr u32 TABLES_END = TABLES + (2 + E81B_STAGES) * TABLE_BYTES;
 
+// Nibbles in the order 0, 2, 4, 6, 1, 3, 5, 7: neighbours lie at the same place of either half.
+__device__ __forceinline__ u32 pair_nibbles(u32 word) {
+  u32 paired = 0;
+#pragma unroll
+  for (int k = 0; k < 8; ++k) paired |= (word >> 4 * k & 15) << (16 * (k & 1) + 4 * (k >> 1));
+  return paired;
+}
+
 // `tables`: at address TABLES. By all threads; no barrier. A thread takes a row; lanes start at different copies of theirs,
-// so that no two store to the same bank.
+// so that no two store to the same bank. PAIRS: pair_nibbles of every word.
+template <bool PAIRS = false>
 __device__ __forceinline__ void fill_tables(u8* tables) {
   for (int i = threadIdx.x; i < 512 + 256 * E81B_STAGES; i += blockDim.x) {
     const int kind = i >> 8, row = i & 255;
-    const u32 word = (kind == 0 ? PATTERNS : kind == 1 ? SIGNS : E81B)[row];
+    u32 word = (kind == 0 ? PATTERNS : kind == 1 ? SIGNS : E81B)[row];
+    if (PAIRS) word = pair_nibbles(word);
     if (COPIES == 32) {
 #pragma unroll
       for (int k = 0; k < 8; ++k)
