@@ -57,6 +57,7 @@ from eightfold.cuda.weight import Weight
 
 _LOG = logging.getLogger("eightfold")
 CLASSES = 1, 8, MATVEC_TOKENS  # most tokens of a launch of matvec: within a class nothing depends on their number
+MOST_FINISHED = 1  # tokens up to which matvec finishes the output by itself; rotate_output is faster for more
 MOST_GEMM = 256  # tokens up to which gemm beats decoding the weight for cuBLAS
 MOST_MATVEC = 48  # the same of several launches of matvec
 
@@ -128,34 +129,29 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
 
 
 def _decode(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
-    """matvec alone for one token and blocks up to 256 on both sides. Else quantize_input before it; and rotate_output
-    after it if output blocks exceed 256."""
+    """matvec; quantize_input before it if it cannot rotate the input by itself, rotate_output after it if it cannot
+    finish the output by itself."""
     device, tokens = _index(x.device), len(x)
     chosen = _variant(weight, tokens, device)
     plan = _plan(weight, chosen, tokens, device)
     stream = torch.cuda.current_stream(device).cuda_stream
-    blocks, finishes = block_count(weight.out_blocks), longest(weight.out_blocks) <= UNIT
-    counters = 0
-    if tokens <= ALONE_TOKENS and plan.alone and finishes:
-        counters = _counters(device, stream, blocks)
-    alone = counters != 0
+    alone, blocks = tokens <= ALONE_TOKENS and plan.alone, block_count(weight.out_blocks)
+    finishes = tokens <= MOST_FINISHED and longest(weight.out_blocks) <= UNIT
+    counters = _counters_of(device).take(stream, blocks) if finishes else 0
     each = 4 * plan.count * tokens
-    pitch = UNIT * blocks if finishes else weight.padded_out
+    pitch = UNIT * blocks if counters else weight.padded_out
     # Held until all is queued: what is allocated meanwhile must not lie there.
-    held, (partial, *quantized, zeros) = _workspace(
-        x.device,
-        each * pitch,
-        *((0,) * 4 if alone else (plan.units * 512 * tokens, each, each, 4 * blocks)),
+    held, (partial, *quantized) = _workspace(
+        x.device, each * pitch, *((0,) * 3 if alone else (plan.units * 512 * tokens, each, each))
     )
     if alone:
         quantized = [0, 0, 0]
     else:
-        counters = zeros
-        _quantize(x, weight, plan, [*quantized, counters], blocks, stream)
+        _quantize(x, weight, plan, quantized, stream)
     params = struct.pack(
         f"<{weight.stages.count + 11}Qq3I11i",
         *(c.data_ptr() for c in weight.codes), x.data_ptr(), weight.scale_in.data_ptr(), *quantized,
-        partial, counters if finishes else 0, weight.ratios.data_ptr(), weight.scale_out.data_ptr(), address(bias),
+        partial, counters, weight.ratios.data_ptr(), weight.scale_out.data_ptr(), address(bias),
         y.data_ptr(),
         x.stride(0),
         *weight.strides,
@@ -166,23 +162,23 @@ def _decode(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
     # It reads weights before the kernel ahead of it is done, so that must not be one that writes them: `prepare` waits.
     overlap = weight.tiled
     _matvec(chosen, device).launch(plan.count * plan.ctas, 32 * chosen.warps, whole(params), stream, overlap)
-    if not finishes:
+    if not counters:
         source = Rows(partial, weight.padded_out, DTYPES[torch.float32], tokens, plan.count)
         side = Side(weight.scale_out, bias, weight.out_blocks, overlap)
         rotate_output(source, side, y, 0, (0, weight.padded_out), stream)
     del held
 
 
-def _quantize(x: Tensor, weight: Weight, plan: Plan, to: list[int], counters: int, stream: int) -> None:
-    """Launch quantize_input, which writes planes, scales, sums, and zeros to so many counters."""
+def _quantize(x: Tensor, weight: Weight, plan: Plan, to: list[int], stream: int) -> None:
+    """Launch quantize_input, which writes planes, scales, sums."""
     device, chunks = _index(x.device), len(plan.chunks) - 1
     shared = shared_buffer(plan.buffer, device)
     scratch = None if shared else x.new_empty(plan.buffer * chunks * len(x), dtype=torch.float32)
     params = struct.pack(
-        "<7Qq7i",
+        "<6Qq6i",
         x.data_ptr(), weight.scale_in.data_ptr(), *to, address(scratch),
         x.stride(0),
-        DTYPES[x.dtype], DTYPES[weight.scale_in.dtype], len(weight.scale_in), len(x), plan.count, counters, plan.buffer,
+        DTYPES[x.dtype], DTYPES[weight.scale_in.dtype], len(weight.scale_in), len(x), plan.count, plan.buffer,
     )  # fmt: skip
     params += pack_borders(plan.chunks) + pack_borders(plan.slices) + pack_runs(weight.in_blocks)
     kernel("quantize_input", shared, device).launch((chunks, len(x), 1), THREADS, whole(params), stream, True)
@@ -242,10 +238,6 @@ class _Counters:
 @cache
 def _counters_of(device: int) -> _Counters:
     return _Counters(device)
-
-
-def _counters(device: int, stream: int, count: int) -> int:
-    return _counters_of(device).take(stream, count)
 
 
 def _tiles(tokens: int) -> int:

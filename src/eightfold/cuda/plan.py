@@ -17,7 +17,7 @@ MAX_RUNS, MAX_SLICES = 96, 64  # as common.cuh has them
 MAX_SLICE = 4096  # columns; the sums of that many products, 11 * 32600 at most each, fit an int32
 MAX_FEATURES = 65536  # of either side
 MATVEC_TOKENS = 16  # most tokens of one launch of matvec
-ALONE_TOKENS = 8  # most tokens that matvec rotates by itself; from two on, in slices of half the length
+ALONE_TOKENS = 8  # most tokens that matvec rotates by itself; from two on, four UNITs a warp
 GEMM_TOKENS = (32, 64, 128)  # of a tile of gemm
 GEMM_COLUMNS = 64  # of one of its steps
 RESERVED = 1024  # bytes of shared memory that CUDA keeps of every CTA
@@ -110,10 +110,10 @@ def variant(stages: Stages, tiles: int, shared: int, aligned: bool) -> Variant:
     """The matvec for up to 4 * `tiles` tokens where a CTA can have `shared` bytes of shared memory: what measured
     fastest on an H200 among those whose warps find their registers (65,536 a multiprocessor) without spilling."""
     many = shared >= MANY_COPIES
-    rows = 2 if stages.count == 1 or (stages.e81b and stages.count * tiles == 2) else 1
+    rows = 2 if stages.count * tiles <= 2 and (stages.count == 1 or stages.e81b) else 1
     if tiles == 1 and shared >= TWO_CTAS and not stages.e81b:
         warps, ctas = 8, 2
-    elif many and stages.count * tiles <= (6 if tiles == 2 else 8) and (shared >= TWO_CTAS or not stages.e81b):
+    elif many and stages.count * tiles <= (4 if tiles == 2 else 8) and (shared >= TWO_CTAS or not stages.e81b):
         warps, ctas = 16, 1
     else:
         warps, ctas = 8, 1
@@ -292,9 +292,10 @@ def make_plan(blocks: tuple[int, ...], rows: int, variant: Variant, tokens: int,
     groups = -(-tiles // variant.rows)
     limit = variant.shared_limit(shared)
     best: tuple[float, Plan] | None = None
-    longest = MAX_SLICE // (2 if 1 < tokens <= ALONE_TOKENS else 1)
+    longest = 4 * UNIT * (variant.warps // 8) if 1 < tokens <= ALONE_TOKENS else MAX_SLICE
     least = -(-total // longest)
-    for wanted in range(least, min(MAX_SLICES, 2 * least + 30) + 1):
+    counts = range(least, min(MAX_SLICES, 2 * least + 30) + 1)
+    for wanted, resident in product(counts, range(1, variant.ctas + 1)):
         slices = _even(cuts, total, wanted)
         if any(b - a > longest for a, b in pairwise(slices)) or len(slices) > MAX_SLICES + 1:
             continue
@@ -302,7 +303,7 @@ def make_plan(blocks: tuple[int, ...], rows: int, variant: Variant, tokens: int,
         count = len(slices) - 1
         waves = 1
         while True:
-            ctas = min(groups, max(1, waves * processors * variant.ctas // count))
+            ctas = min(groups, max(1, waves * processors * resident // count))
             share = -(-groups // ctas) * variant.rows
             size = variant.shared_bytes(units, share, tokens)
             if size <= limit or share == variant.rows:
@@ -311,12 +312,13 @@ def make_plan(blocks: tuple[int, ...], rows: int, variant: Variant, tokens: int,
         if size > limit:
             continue
         chunks = _chunks(slices, blocks)
-        cost = _cost(variant, waves, share, units, count) + (len(chunks) <= count)
+        cost = _cost(variant, waves * resident, share, units, count) + (len(chunks) <= count)
+        if resident < variant.ctas:
+            cost = 1.2 * cost - 1.4  # fewer warps, but the next launch can start beside this one
         alone = len(chunks) == len(slices) and max(blocks[::2]) <= UNIT
         alone = alone and all(segments(blocks, *borders) <= longest // UNIT for borders in pairwise(slices))
-        plan = Plan(slices, chunks, ctas, alone)
         if best is None or cost < best[0]:
-            best = cost, plan
+            best = cost, Plan(slices, chunks, ctas, alone)
     if best is None:
         raise UnsupportedLayoutError(
             f"expected an input of at most {MAX_SLICES} slices that fit {shared} bytes of shared memory, "
@@ -325,10 +327,10 @@ def make_plan(blocks: tuple[int, ...], rows: int, variant: Variant, tokens: int,
     return best[1]
 
 
-def _cost(variant: Variant, waves: int, tiles: int, units: int, slices: int) -> float:
-    """About the microseconds that a multiprocessor takes: for its units of weights, for rotating its slices, for the
-    slices that a finished block adds up. From measurements on an H200; only comparisons matter."""
-    busy = waves * variant.ctas * units * (0.025 * variant.stages.count * tiles + 0.02)
+def _cost(variant: Variant, ctas: int, tiles: int, units: int, slices: int) -> float:
+    """About the microseconds that a multiprocessor takes for so many CTAs: for their units of weights, for rotating
+    their slices, for the slices that a block adds up. From measurements on an H200; only comparisons matter."""
+    busy = ctas * units * (0.025 * variant.stages.count * tiles + 0.02)
     return busy + 0.15 * slices
 
 

@@ -1,6 +1,6 @@
 #pragma once
-// Hadamard transforms on tensor cores, for kernels that stream: 256 coordinates of a warp as a 16 x 16 matrix, multiplied
-// by one of order 16 from either side, are eight mma and no shuffle (hadamard_segment: 40).
+// Hadamard transforms on tensor cores: 256 coordinates of a warp as a 16 x 16 matrix, multiplied by one of order 16 from
+// either side, are eight mma; additions between lanes would be 40 shuffles.
 //
 // Coordinate 8 * lane + r lies in v[r] before and after. With lane = 4 g + t, row k and column n of the matrix have the
 // bits of the coordinate
@@ -26,7 +26,7 @@ __device__ __forceinline__ void hadamard_fragment(u32 (&a)[4], int active) {
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
       const int row = g + 8 * (r & 1), column = 2 * t + 8 * (r >> 1) + pair;
-      const u32 one = 0x3f80u | u32(__popc(row & column & active) & 1) << 15;
+      const u32 one = 0x3f80u | (0x6996u >> (row & column & active) & 1) << 15; // bits of 0x6996: parities
       if (((row ^ column) & ~active) == 0) a[r] |= one << 16 * pair;
     }
   }

@@ -70,20 +70,7 @@ __device__ __forceinline__ uint4 pack8(const float (&v)[8], int dtype) {
   }
   return make_uint4(w[0], w[1], w[2], w[3]);
 }
-// Eight coordinates from i on, those from `end` on as zeros.
-__device__ __forceinline__ void load8(float (&v)[8], const void* p, long long i, long long end, int dtype) {
-  const char* at = static_cast<const char*>(p) + (i << (dtype == FLOAT32 ? 2 : 1));
-  if (dtype == FLOAT32 && i + 8 <= end && (reinterpret_cast<u64>(at) & 15) == 0) {
-    const float4 a = reinterpret_cast<const float4*>(at)[0], b = reinterpret_cast<const float4*>(at)[1];
-    v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
-  } else if (dtype != FLOAT32 && i + 8 <= end && (reinterpret_cast<u64>(at) & 15) == 0) {
-    unpack8(v, *reinterpret_cast<const uint4*>(at), dtype);
-  } else {
-#pragma unroll
-    for (int k = 0; k < 8; ++k) v[k] = i + k < end ? load_as_float(p, i + k, dtype) : 0.f;
-  }
-}
-// The same of a dtype of 16 bits, as they are.
+// Eight coordinates of a dtype of 16 bits from i on, as they are, zeros from `end` on.
 __device__ __forceinline__ uint4 load8_packed(const void* p, long long i, long long end) {
   const u16* const at = static_cast<const u16*>(p) + i;
   if (i + 8 <= end && (reinterpret_cast<u64>(at) & 15) == 0) return *reinterpret_cast<const uint4*>(at);
@@ -92,6 +79,30 @@ __device__ __forceinline__ uint4 load8_packed(const void* p, long long i, long l
   for (int k = 0; k < 8; ++k)
     if (i + k < end) w[k / 2] |= u32(at[k]) << 16 * (k & 1);
   return make_uint4(w[0], w[1], w[2], w[3]);
+}
+// The same of any dtype: to be loaded early and converted late, so that nobody waits in between.
+struct Raw8 {
+  uint4 first, second; // of 16-bit dtypes the first alone
+};
+__device__ __forceinline__ Raw8 load8_raw(const void* p, long long i, long long end, int dtype) {
+  if (dtype != FLOAT32) return {load8_packed(p, i, end), make_uint4(0, 0, 0, 0)};
+  const u32* const at = static_cast<const u32*>(p) + i;
+  if (i + 8 <= end && (reinterpret_cast<u64>(at) & 15) == 0)
+    return {reinterpret_cast<const uint4*>(at)[0], reinterpret_cast<const uint4*>(at)[1]};
+  u32 w[8];
+#pragma unroll
+  for (int k = 0; k < 8; ++k) w[k] = i + k < end ? at[k] : 0;
+  return {make_uint4(w[0], w[1], w[2], w[3]), make_uint4(w[4], w[5], w[6], w[7])};
+}
+__device__ __forceinline__ void convert8(float (&v)[8], const Raw8& raw, int dtype) {
+  if (dtype != FLOAT32) return unpack8(v, raw.first, dtype);
+  const u32 w[8] = {raw.first.x, raw.first.y, raw.first.z, raw.first.w,
+                    raw.second.x, raw.second.y, raw.second.z, raw.second.w};
+#pragma unroll
+  for (int k = 0; k < 8; ++k) v[k] = __uint_as_float(w[k]);
+}
+__device__ __forceinline__ void load8(float (&v)[8], const void* p, long long i, long long end, int dtype) {
+  convert8(v, load8_raw(p, i, end, dtype), dtype);
 }
 __device__ __forceinline__ void store8(void* p, long long i, long long end, int dtype, const float (&v)[8]) {
   char* at = static_cast<char*>(p) + (i << (dtype == FLOAT32 ? 2 : 1));
@@ -113,28 +124,6 @@ __device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetc
 // 2^(-log/2), the norm of a Hadamard matrix of order 2^log.
 __device__ __forceinline__ float hadamard_norm(int log) {
   return __uint_as_float(u32(127 - (log >> 1)) << 23) * (log & 1 ? 0.70710678118654752f : 1.f);
-}
-
-// Unnormalised Hadamard transforms of order 1 << min(log, 8) over the 256 coordinates of a warp, 8 * lane + k in v[k].
-__device__ __forceinline__ void hadamard_segment(float (&v)[8], int log) {
-#pragma unroll
-  for (int bit = 0; bit < 3; ++bit)
-    if (bit < log)
-#pragma unroll
-      for (int k = 0; k < 8; ++k)
-        if (!(k >> bit & 1)) {
-          const float a = v[k], b = v[k | 1 << bit];
-          v[k] = a + b;
-          v[k | 1 << bit] = a - b;
-        }
-  const int lane = threadIdx.x & 31;
-#pragma unroll
-  for (int bit = 0; bit < 5; ++bit)
-    if (bit + 3 < log) {
-      const float sign = lane >> bit & 1 ? -1.f : 1.f;
-#pragma unroll
-      for (int k = 0; k < 8; ++k) v[k] = fmaf(v[k], sign, __shfl_xor_sync(0xffffffffu, v[k], 1 << bit));
-    }
 }
 
 // BITS stages of unnormalised transforms from distance h on, in place over `length` coordinates, by all threads of the CTA.

@@ -10,12 +10,13 @@
 //
 // Compiled with E8P_STAGES, E81B_STAGES, TILES (of 8 columns: a token is two, its high and low planes), ROWS, WARPS, CTAS
 // (on a multiprocessor), DEPTH, COPIES (of the tables), ALIGNED (whole tiles and steps, 16-byte copies).
+#include "butterfly.cuh"
 #include "decode.cuh"
 #include "quantize.cuh"
 
 constexpr int STAGES = E8P_STAGES + E81B_STAGES;
 constexpr int ALONE = TILES == 1 ? 1 : TILES == 2 ? 8 : 0; // most tokens that it can rotate by itself
-constexpr int ALONE_SEGMENTS = MAX_SLICE / SEGMENT / (ALONE > 1 ? 2 : 1); // of a slice, then
+constexpr int ALONE_SEGMENTS = ALONE > 1 ? 4 * (WARPS / 8) : MAX_SLICE / SEGMENT; // of a slice, then
 
 struct Params {
   const void* codes[STAGES]; // in the order that the strides below say
@@ -25,7 +26,7 @@ struct Params {
   const float* scales;
   const int* sums;
   float* partial;            // [slices, tokens, pitch]: 256 for each piece of the output, or row by row without counters
-  u32* counters;             // rows of each output block that are done: 0 before and after; null if blocks exceed 256 rows
+  u32* counters;             // rows of each output block that are done: 0 before and after; null if rotate_output finishes
   const float* ratios;
   const void* scale_out;     // [features]
   const void* bias;          // [features] or null
@@ -156,9 +157,21 @@ __device__ inline void load_unit(Unit& w, const Params& p, const Cursor& c, int 
 
 using Sums = int[ROWS][STAGES][2][TILES][4];
 
-// One step of 64 columns: the words j of both halves against one 16-byte word of activations a tile.
+// Activations of one step, for lanes that have a column: the rest keep their zeros.
+__device__ __forceinline__ void read_activations(u32 (&x)[TILES][4], u32 at, int words, int lane) {
+#pragma unroll
+  for (int n = 0; n < TILES; ++n)
+    asm volatile(
+        "{ .reg .pred q; setp.lt.s32 q, %5, %6;\n  @q ld.shared.v4.u32 {%0,%1,%2,%3}, [%4]; }"
+        : "+r"(x[n][0]), "+r"(x[n][1]), "+r"(x[n][2]), "+r"(x[n][3])
+        : "r"(at + 512 * n), "r"(lane + 32 * n), "r"(words));
+}
+
+// One step of 64 columns: the words J of both halves against one 16-byte word of activations a tile.
 template <int J>
-__device__ __forceinline__ void multiply_step(Sums& sums, const Unit& w, const u32 (&x)[TILES][4], u32 lane4) {
+__device__ __forceinline__ void multiply_step(Sums& sums, const Unit& w, u32 (&x)[TILES][4], u32 at, int words,
+                                              int lane, u32 lane4) {
+  read_activations(x, at, words, lane);
   u32 even[4], odd[4];
 #pragma unroll
   for (int r = 0; r < ROWS; ++r)
@@ -180,8 +193,8 @@ __device__ __forceinline__ void multiply_step(Sums& sums, const Unit& w, const u
       }
 #pragma unroll
       for (int n = 0; n < TILES; ++n) {
-        multiply(sums[r][s][0][n], even[0], even[1], even[2], even[3], x[n][0], x[n][1]);
-        multiply(sums[r][s][1][n], odd[0], odd[1], odd[2], odd[3], x[n][2], x[n][3]);
+        multiply(sums[r][s][0][n], even[0], even[1], even[2], even[3], x[n][0], x[n][2]);
+        multiply(sums[r][s][1][n], odd[0], odd[1], odd[2], odd[3], x[n][1], x[n][3]);
       }
     }
 }
@@ -191,16 +204,6 @@ __device__ __forceinline__ u32 arrive(u32* counter, u32 count) {
   u32 before;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(count) : "memory");
   return before;
-}
-
-// Activations of one step, for lanes that have a column: the rest keep their zeros.
-__device__ __forceinline__ void read_activations(u32 (&x)[TILES][4], u32 at, int words, int lane) {
-#pragma unroll
-  for (int n = 0; n < TILES; ++n)
-    asm volatile(
-        "{ .reg .pred q; setp.lt.s32 q, %5, %6;\n  @q ld.shared.v4.u32 {%0,%1,%2,%3}, [%4]; }"
-        : "+r"(x[n][0]), "+r"(x[n][1]), "+r"(x[n][2]), "+r"(x[n][3])
-        : "r"(at + 512 * n), "r"(lane + 32 * n), "r"(words));
 }
 
 // Add a warp's sums over the tiles of a unit to the CTA's and start again from zero. [tile][stage][token][row] at `to`.
@@ -246,8 +249,7 @@ __device__ __forceinline__ int find_pieces(const Runs& runs, int begin, int end,
 // One piece of one token, whose slices are complete: add them, transform, scale, add the bias, store. By one warp.
 __device__ __forceinline__ void finish(const Params& p, const Piece& piece, int token) {
   const int lane = threadIdx.x & 31, row = piece.begin + 8 * lane, stop = min(piece.end, p.features);
-  float scale[8]; // before the slices: it need not wait for them
-  load8(scale, p.scale_out, row, stop, p.scale_dtype);
+  const Raw8 scales = load8_raw(p.scale_out, row, stop, p.scale_dtype);
   float v[8] = {};
   const float4* partial =
       reinterpret_cast<const float4*>(p.partial + (long long)token * p.pitch + piece.number * SEGMENT + 8 * lane);
@@ -256,8 +258,12 @@ __device__ __forceinline__ void finish(const Params& p, const Piece& piece, int 
     const float4 a = __ldcg(partial), b = __ldcg(partial + 1); // written by other CTAs: not from L1
     v[0] += a.x, v[1] += a.y, v[2] += a.z, v[3] += a.w, v[4] += b.x, v[5] += b.y, v[6] += b.z, v[7] += b.w;
   }
-  hadamard_segment(v, piece.log); // what lies behind `end` is in blocks of its own
-  float bias[8] = {};
+#pragma unroll
+  for (int k = 0; k < 8; ++k)
+    if (row + k >= piece.end) v[k] = 0; // nobody wrote there: not a number perhaps, which a transform would spread
+  transform(v, butterfly(piece.log));
+  float scale[8], bias[8] = {};
+  convert8(scale, scales, p.scale_dtype);
   if (p.bias) load8(bias, p.bias, row, stop, p.bias_dtype);
 #pragma unroll
   for (int k = 0; k < 8; ++k) v[k] = v[k] * hadamard_norm(piece.log) * scale[k] + bias[k];
@@ -297,6 +303,21 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
   next.at += start / 8 + 32 * unit;
 #endif
 
+  constexpr int GROUP = WARPS / (ALONE > 0 ? ALONE : 1); // warps that share a token which is rotated here
+  using Own = Values<GROUP, ALONE_SEGMENTS>;
+  const int token = warp / GROUP;
+  Segment segments[Own::COUNT];
+  Raw8 scales[Own::COUNT];
+  uint4 inputs[Own::COUNT];
+  if (ALONE > 0 && !p.planes)
+#pragma unroll
+    for (int s = 0; s < Own::COUNT; ++s) {
+      segments[s] = find_segment(p.in_runs, start, start + length, warp % GROUP + s * GROUP);
+      if (token >= p.tokens) segments[s].begin = -1;
+      const int k = segments[s].begin + 8 * lane;
+      if (segments[s].begin >= 0) scales[s] = load8_raw(p.scale_in, k, min(segments[s].end, p.columns), p.scale_dtype);
+    }
+
   if (base > TABLES) __trap();
   fill_tables(shared + TABLES);
   const int row0 = 16 * tile0, row1 = min(16 * tile1, p.padded);
@@ -330,36 +351,28 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
       factors[threadIdx.x] = p.scales[at];
     }
   } else if constexpr (ALONE > 0) {
-    constexpr int GROUP = WARPS / (ALONE > 0 ? ALONE : 1); // warps that share a token
-    const int token = warp / GROUP;
-    Values<GROUP, ALONE_SEGMENTS> values;
-    Segment segments[values.COUNT];
-    float scales[values.COUNT][8];
-#pragma unroll
-    for (int s = 0; s < values.COUNT; ++s) {
-      segments[s] = find_segment(p.in_runs, start, start + length, warp % GROUP + s * GROUP);
-      if (token >= p.tokens) segments[s].begin = -1;
-      const int k = segments[s].begin + 8 * lane;
-      if (segments[s].begin >= 0) load8(scales[s], p.scale_in, k, min(segments[s].end, p.columns), p.scale_dtype);
-    }
+    Own values;
+    Butterfly b = butterfly(segments[0].log);
     __syncthreads(); // the zeros
     wait_for_previous();
 #pragma unroll
-    for (int s = 0; s < values.COUNT; ++s) {
+    for (int s = 0; s < Own::COUNT; ++s) {
       const long long row = token * p.x_stride;
       const int k = segments[s].begin + 8 * lane;
-      if (segments[s].begin >= 0) load8(values.v[s], p.x, row + k, row + min(segments[s].end, p.columns), p.x_dtype);
+      if (segments[s].begin >= 0) inputs[s] = load8_packed(p.x, row + k, row + min(segments[s].end, p.columns));
     }
 #pragma unroll
-    for (int s = 0; s < values.COUNT; ++s) {
+    for (int s = 0; s < Own::COUNT; ++s) {
       values.at[s] = -1;
       if (segments[s].begin < 0) continue;
       const int k = segments[s].begin + 8 * lane;
+      float scale[8];
+      convert8(scale, scales[s], p.scale_dtype);
+      unpack8(values.v[s], inputs[s], p.x_dtype);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) values.v[s][i] *= scales[s][i];
-      hadamard_segment(values.v[s], segments[s].log);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) values.v[s][i] *= hadamard_norm(segments[s].log);
+      for (int i = 0; i < 8; ++i) values.v[s][i] *= scale[i] * hadamard_norm(segments[s].log);
+      if (segments[s].log != b.log) b = butterfly(segments[s].log);
+      transform(values.v[s], b);
       if (k < segments[s].end) values.at[s] = k - start;
     }
     const float scale = quantize(values, length, activations, p.tokens, token, reduced + 2 * token);
@@ -371,7 +384,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
   u32 x[TILES][4] = {};
   u32 lane4 = COPIES == 32 ? 4 * lane : 0;
   asm volatile("" : "+r"(lane4)); // kept in a register
-  const u32 of_lane = u32(__cvta_generic_to_shared(activations)) + 16 * lane, step = 16 * words;
+  const u32 step = 16 * words;
+  u32 from[4]; // where the lane finds its activations of the first unit
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    from[j] = u32(__cvta_generic_to_shared(activations)) + j * step + 16 * swizzle(lane, j);
+    asm volatile("" : "+r"(from[j]));
+  }
   u32 slot = 0;
 #pragma unroll 1
   for (int i = first; i < last; ++i) {
@@ -391,15 +410,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
     load_unit(w, p, next, length / 8);
     advance(next, units, p);
 #endif
-    const u32 at = of_lane + unit * 4 * step;
-    read_activations(x, at, words, lane);
-    multiply_step<0>(acc, w, x, lane4);
-    read_activations(x, at + step, words, lane);
-    multiply_step<1>(acc, w, x, lane4);
-    read_activations(x, at + 2 * step, words, lane);
-    multiply_step<2>(acc, w, x, lane4);
-    read_activations(x, at + 3 * step, words, lane);
-    multiply_step<3>(acc, w, x, lane4);
+    const u32 of_unit = unit * 4 * step;
+    multiply_step<0>(acc, w, x, from[0] + of_unit, words, lane, lane4);
+    multiply_step<1>(acc, w, x, from[1] + of_unit, words, lane, lane4);
+    multiply_step<2>(acc, w, x, from[2] + of_unit, words, lane, lane4);
+    multiply_step<3>(acc, w, x, from[3] + of_unit, words, lane, lane4);
     if (++unit == units || i + 1 == last) {
       flush(acc, sums + (tile - tile0) * STAGES * p.tokens * 16, tile1 - tile, p.tokens, lane);
       unit = 0;

@@ -2,13 +2,16 @@
 // Activations of a linear as integers: scaled, rotated, and quantized to 16 bits with a scale for each token and slice.
 //
 // An integer is 256 * high + low, both int8. Sixteen coordinates from 256 u + 64 t + 16 j of a slice make, for either
-// plane, one 16-byte word: the even ones of the first eight and of the second, then the odd ones; it lies at
-// [u][j][2 token + (low plane)][t], which is where lane (column, t) of an mma.m16n8k32 finds its B registers.
+// plane, one 16-byte word: the even and the odd ones of the first eight, then of the second. At [u][j] lie the words of
+// all tokens, planes and t: that of lane number 4 (2 token + plane) + t, the lane that an mma.m16n8k32 wants it in, at
+// swizzle(lane, j), so that warps which write them and warps which read them find different banks.
 #include "common.cuh"
 
 constexpr int MAX_SLICE = 4096; // coordinates
 // Largest |integer|: with it the high plane, (i + 128) >> 8, stays within 8 bits.
 constexpr float TOP = 32600.f;
+
+__device__ __forceinline__ int swizzle(int lane, int j) { return lane ^ j ^ (j & 1) << 2; }
 
 // What one of the GROUP warps that share a token holds of a slice of up to SEGMENTS segments: eight coordinates a lane and
 // segment, from `at` on; at < 0: none.
@@ -57,19 +60,17 @@ __device__ __forceinline__ float quantize(const V& values, int length, uint4* pl
   const float top = __uint_as_float(largest);
   const bool usable = top > 1e-30f && largest < 0x7f800000u;
   const float inverse = usable ? TOP / top : 0.f;
-  const auto store = [&](int k, const u32(&words)[4]) { // high even, high odd, low even, low odd
-    const int unit = k >> 8, j = k >> 4 & 3, t = k >> 6 & 3;
-    u32* const at = reinterpret_cast<u32*>(planes + ((unit * 4 + j) * 2 * tokens + 2 * token) * 4 + t) + (k >> 3 & 1);
-    at[0] = words[0];
-    at[2] = words[1];
-    at[16] = words[2];
-    at[18] = words[3];
+  const auto store = [&](int k, const uint2& high, const uint2& low) { // even, odd
+    const int unit = k >> 8, j = k >> 4 & 3, lane = 8 * token + (k >> 6 & 3);
+    uint2* const at = reinterpret_cast<uint2*>(planes + (unit * 4 + j) * 8 * tokens) + (k >> 3 & 1);
+    at[2 * swizzle(lane, j)] = high;
+    at[2 * swizzle(lane + 4, j)] = low;
   };
   int sum = 0;
 #pragma unroll
   for (int s = 0; s < values.COUNT; ++s)
     if (values.at[s] >= 0) {
-      u32 words[4] = {};
+      u32 words[4] = {}; // of the high plane even, odd; of the low one
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int integer = __float2int_rn(values.v[s][i] * inverse);
@@ -77,12 +78,11 @@ __device__ __forceinline__ float quantize(const V& values, int length, uint4* pl
         words[2 + (i & 1)] |= u32(integer & 255) << (i / 2 * 8); // low: the rest, which has the same last bits
         sum += integer;
       }
-      store(values.at[s], words);
+      store(values.at[s], make_uint2(words[0], words[1]), make_uint2(words[2], words[3]));
     }
-  const u32 none[4] = {};
   for (int k = length + 8 * (threadIdx.x % V::THREADS_A_TOKEN); k < (length + SEGMENT - 1) / SEGMENT * SEGMENT;
        k += 8 * V::THREADS_A_TOKEN)
-    store(k, none);
+    store(k, make_uint2(0, 0), make_uint2(0, 0));
   sum = __reduce_add_sync(0xffffffffu, sum);
   if (lane == 0) atomicAdd(reduced + 1, u32(sum));
   return largest >= 0x7f800000u ? __uint_as_float(0x7fffffffu) : usable ? top / TOP : 0.f;

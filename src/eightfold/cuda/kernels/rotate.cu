@@ -13,7 +13,7 @@ __device__ __forceinline__ void rotate(const Runs& runs, int begin, int end, Loa
     const int k = segment.begin + 8 * (threadIdx.x & 31);
     float v[8];
     load(v, k, segment.end);
-    hadamard_segment(v, segment.log);
+    transform(v, butterfly(segment.log));
 #pragma unroll
     for (int i = 0; i < 8; ++i) v[i] *= hadamard_norm(segment.log);
     store(v, k, segment.end);
@@ -26,10 +26,9 @@ struct QuantizeParams {
   uint4* planes;        // int8 planes in the order of matvec's B fragments
   float* scales;        // [tokens, slices]: an activation is its integer times this
   int* sums;            // [tokens, slices]: of the integers
-  u32* counters;        // matvec's, set to zero here
   float* scratch;       // one buffer of `buffer` floats for each CTA where shared memory is too small, or null
   long long x_stride;
-  int x_dtype, scale_dtype, features, tokens, slices, counter_count, buffer;
+  int x_dtype, scale_dtype, features, tokens, slices, buffer;
   int chunk_slice[MAX_SLICES + 1]; // chunk c, one CTA's work, is the slices from chunk_slice[c] up to [c + 1]
   int slice_start[MAX_SLICES + 1];
   Runs runs;
@@ -48,8 +47,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) quantize_input(const __gri
   for (int k = begin + 32 * threadIdx.x; k < min(end, p.features); k += 32 * THREADS)
     prefetch(static_cast<const u8*>(p.scale_in) + k * (p.scale_dtype == FLOAT32 ? 4 : 2));
   wait_for_previous();
-  for (int i = threadIdx.x + cta * THREADS; i < p.counter_count; i += THREADS * gridDim.x * gridDim.y)
-    p.counters[i] = 0;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const Input input = {p.x, p.scale_in, token * p.x_stride, p.x_dtype, p.scale_dtype, p.features};
   rotate(p.runs, begin, end, input, [&](const float(&v)[8], int k, int limit) {
