@@ -13,8 +13,7 @@ from eightfold.cuda import compiler
 from eightfold.cuda.compiler import ARCHITECTURES, KERNELS, KernelError, compile_source, read_source
 from eightfold.cuda.plan import GEMM_TOKENS, Stages, gemm_variant, variants
 
-# Of the tables in matvec, as `eightfold.cuda.linear` decides by the shared memory of these devices.
-COPIES = {80: 32, 86: 1, 89: 1, 90: 32, 100: 32, 103: 32, 120: 1}
+# Bytes of shared memory that a CTA can have on the devices of an architecture.
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
 RECIPES = [Stages(e8p, e81b) for e8p in range(1, 5) for e81b in (0, 1) if e8p + e81b <= 4]
 
@@ -38,7 +37,7 @@ def builds(arch: int) -> Iterator[tuple[str, dict[str, int]]]:
     yield from (("dequantize.cu", stages.defines) for stages in RECIPES)
     for stages in RECIPES:
         yield from (("gemm.cu", gemm_variant(stages, tokens, SHARED[arch]).defines) for tokens in GEMM_TOKENS)
-    yield from (("matvec.cu", chosen.defines) for chosen in variants(COPIES[arch]))
+    yield from (("matvec.cu", chosen.defines) for chosen in variants(SHARED[arch]))
 
 
 def entry_points(file: str) -> list[str]:
@@ -48,7 +47,7 @@ def entry_points(file: str) -> list[str]:
 
 def test_nothing_is_left_out():
     files = {path.name for path in KERNELS.iterdir() if path.name.endswith(".cu")}
-    assert set(COPIES) == set(ARCHITECTURES)
+    assert set(SHARED) == set(ARCHITECTURES)
     for arch in ARCHITECTURES:
         assert {file for file, _ in builds(arch)} == files
     assert all(map(entry_points, files))

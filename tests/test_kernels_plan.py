@@ -8,6 +8,7 @@ import ctypes
 import logging
 import random
 import re
+from functools import cache
 from itertools import chain, pairwise
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -24,11 +25,13 @@ from eightfold.cuda import rotate as rotations
 from eightfold.cuda.compiler import KERNELS
 from eightfold.cuda.linear import MOST_GEMM, MOST_MATVEC
 from eightfold.cuda.plan import (
+    ALONE_TOKENS,
     GEMM_TOKENS,
     MATVEC_TOKENS,
     MAX_RUNS,
     MAX_SLICE,
     MAX_SLICES,
+    MOST_UNITS,
     TILE,
     UNIT,
     Plan,
@@ -46,11 +49,12 @@ from eightfold.cuda.plan import (
     variants,
 )
 from eightfold.cuda.weight import Weight, can_tile, tile, untile
-from eightfold.format import LayerSpec
+from eightfold.format import BITS, LayerSpec
 from eightfold.linear import QuantLinear
 from eightfold.rotation import IN_FLOOR, layout_blocks, rotate, run_lengths
 
-DEVICES = {32: (132, 232448), 1: (128, 101376)}  # copies: multiprocessors, shared memory
+DEVICES = {232448: 132, 166912: 108, 101376: 128}  # bytes of shared memory of a CTA: multiprocessors
+CLASS_OF = {1: 1, 2: 8, 4: 16}  # tiles: tokens that a plan is made for
 BIASES = {None: 0, "float16": 0, "bfloat16": 1, "float32": 2}
 MACROS = {"MAX_RUNS": MAX_RUNS, "MAX_SLICES": MAX_SLICES}
 
@@ -59,6 +63,7 @@ def flat(blocks) -> tuple[int, ...]:
     return tuple(number for run in run_lengths(blocks) for number in run)
 
 
+@cache
 def source(file: str) -> str:
     return re.sub(r"//[^\n]*", "", (KERNELS / file).read_text(encoding="utf-8"))
 
@@ -108,7 +113,7 @@ class FakeGpu:
     """Stands for device 0: keeps what is loaded and launched. Tensors are the CPU's."""
 
     def __init__(self) -> None:
-        self.arch, self.processors, self.shared = 90, *DEVICES[32]
+        self.arch, self.processors, self.shared = 90, 132, 232448
         self.stream, self.capturing = 7, False
         self.loads: list[tuple] = []
         self.launches: list[Launch] = []
@@ -144,7 +149,7 @@ class FakeGpu:
 @pytest.fixture
 def gpu(monkeypatch):
     fake = FakeGpu()
-    caches = (host._supported, host._takes, host._counters_of, host._copies)
+    caches = (host._supported, host._takes, host._counters_of)
     workspace = host._workspace
 
     def recorded(device, *sizes):
@@ -197,15 +202,56 @@ def raw(struct, name) -> bytes:
     return bytes(getattr(struct, name))
 
 
+# --- the kernels' sources
+
+
+def evaluate(expression: str, names: dict[str, int]) -> int:
+    """An expression of the sources on natural numbers, as C has it."""
+    while inner := re.search(r"\(([^()]*)\)", expression):
+        expression = expression.replace(inner[0], str(evaluate(inner[1], names)))
+    condition, conditional, branches = expression.partition("?")
+    if conditional:
+        yes, _, no = branches.partition(":")
+        return evaluate(yes if evaluate(condition, names) else no, names)
+    return int(eval(expression.replace("/", "//"), {}, names))
+
+
+@cache
+def matvec_constants(chosen) -> dict[str, int]:
+    """Macros, and integer constants at the outermost level, of matvec.cu and its headers."""
+    names = dict(chosen.defines)
+    for file in ("common.cuh", "quantize.cuh", "decode.cuh", "matvec.cu"):
+        for line in re.findall(r"^constexpr (?:int|u32) ([^;]+);", source(file), re.MULTILINE):
+            for name, expression in re.findall(r"(\w+) = ([^,]+)", line):
+                names[name] = evaluate(re.sub(r"\b(0x\w+)u\b", r"\1", expression), names)
+    return names
+
+
+def matvec_bytes(chosen, units: int, tiles: int, tokens: int) -> int:
+    """Shared memory of a CTA of matvec up to the end of its flags, by the pointers in its source."""
+    text = re.sub(r"reinterpret_cast<\w+\*>\(([^;]*)\);", r"\1;", source("matvec.cu")).replace("p.", "")
+    piece = re.search(r"struct alignas\(16\) Piece {\s*int ([^;]*);", text)[1]
+    bytes_of = {"uint4": 16, "Piece": 4 * len(piece.split(",")), "u32": 4, "float": 4, "u8": 1}
+    names = matvec_constants(chosen) | {"units": units, "tile0": 0, "tile1": tiles, "tokens": tokens, "shared": 0}
+    for name in ("most", "words"):
+        names[name] = evaluate(re.search(rf"const int {name} = ([^;]*);", text)[1], names)
+    kinds = {"shared": "u8"}
+    for name in ("activations", "pieces", "reduced", "factors", "sums", "done"):
+        kinds[name], base, offset = re.search(rf"(\w+)\* const {name} = (\w+) \+ ([^;]*);", text).groups()
+        names[name] = names[base] + bytes_of[kinds[base]] * evaluate(offset, names)
+        assert names[name] % bytes_of[kinds[name]] == 0
+    assert names["factors"] + 4 * tokens == names["sums"]
+    return names["done"] + 4 * (names["most"] + 1)
+
+
 # --- plan.py
 
 
 def test_constants_are_those_of_the_kernels():
-    constants = dict(
-        re.findall(r"constexpr \w+ (\w+) = ([\d.]+)", "".join(map(source, ("common.cuh", "quantize.cuh"))))
-    )
+    names = matvec_constants(variant(Stages(2, 0), 2, 232448, True))
     ours = {"SEGMENT": UNIT, "MAX_RUNS": MAX_RUNS, "MAX_SLICES": MAX_SLICES, "MAX_SLICE": MAX_SLICE}
-    assert {name: int(constants[name]) for name in ours} == ours
+    assert {name: names[name] for name in ours} == ours
+    assert names["ALONE"] == ALONE_TOKENS
     assert f"THREADS = {rotations.THREADS};" in source("rotate.cu")
     assert 11 * 32600 * MAX_SLICE < 1 << 31
     enum = re.search(r"enum Dtype {(.*?)}", source("common.cuh"))[1]
@@ -291,28 +337,38 @@ def warp_segments(blocks, plan: Plan) -> int:
 
 
 def warp_room(chosen) -> int:
-    """Segments that quantize.cuh's Values hold."""
-    return -(-MAX_SLICE // UNIT // chosen.warps) * chosen.warps
+    """Segments of a token that the warps of a matvec hold, as its sources say."""
+    names = matvec_constants(chosen)
+    alone, group = names["ALONE"], chosen.warps // max(names["ALONE"], 1)
+    assert alone == (CLASS_OF[chosen.tiles] if chosen.tiles < 4 else 0) <= ALONE_TOKENS
+    return -(-names["ALONE_SEGMENTS"] // group) * group
 
 
 def check_plan(plan: Plan, blocks, rows, chosen, shared) -> None:
     total, tiles = sum(size * count for size, count in zip(blocks[::2], blocks[1::2], strict=True)), -(-rows // TILE)
+    tokens = CLASS_OF[chosen.tiles]
     lengths = [b - a for a, b in pairwise(plan.slices)]
     assert plan.slices[0] == 0
     assert plan.slices[-1] == total
-    assert all(0 < length <= MAX_SLICE for length in lengths)
+    assert all(0 < length <= (MAX_SLICE if tokens != 8 else MAX_SLICE // 2) for length in lengths)
     assert plan.count == len(lengths) <= MAX_SLICES
     assert all(start % (64 if total % 64 == 0 else 8) == 0 for start in plan.slices[:-1])
-    assert 1 <= plan.ctas <= tiles
+    groups = -(-tiles // chosen.rows)
+    assert 1 <= plan.ctas <= groups
     units = max(-(-length // UNIT) for length in lengths)
-    assert chosen.shared_bytes(units, -(-tiles // plan.ctas), chosen.tokens) <= chosen.shared_limit(shared)
+    borders = [groups * cta // plan.ctas * chosen.rows for cta in range(plan.ctas)] + [tiles]
+    share = max(b - a for a, b in pairwise(borders))
+    assert matvec_bytes(chosen, units, share, tokens) <= chosen.shared_limit(shared)
     assert chosen.ctas * (chosen.shared_limit(shared) + 1024) <= shared + 1024
 
     ends = {0} | {end for start, stop, log in runs(blocks) for end in range(start, stop + 1, 1 << log)}
     assert plan.chunks == tuple(i for i, start in enumerate(plan.slices) if start in ends)
     assert plan.chunks[0] == 0
     assert plan.chunks[-1] == plan.count
-    assert not plan.alone or all(start in ends for start in plan.slices)
+    if plan.alone:
+        assert all(start in ends for start in plan.slices)
+        assert max(blocks[::2]) <= UNIT
+        assert tokens > ALONE_TOKENS or warp_segments(blocks, plan) <= warp_room(chosen)
     assert plan.buffer == max(plan.slices[b] - plan.slices[a] for a, b in pairwise(plan.chunks))
     for start, stop, log in runs(blocks):  # hadamard_segment takes whole blocks, or whole 256ths of one
         assert all((border - start) % min(UNIT, 1 << log) == 0 for border in plan.slices if start <= border <= stop)
@@ -325,45 +381,69 @@ def check_plan(plan: Plan, blocks, rows, chosen, shared) -> None:
     assert room <= plan.units
 
 
-@pytest.mark.parametrize("copies", DEVICES)
+def plan_of(blocks, rows, chosen, shared) -> Plan:
+    """The plan that the host makes, on a device of this shared memory; not the one it keeps."""
+    return make_plan.__wrapped__(blocks, rows, chosen, CLASS_OF[chosen.tiles], DEVICES[shared], shared)
+
+
+def aligned_variants(shared):
+    """Those that take more shared memory."""
+    return sorted((chosen for chosen in variants(shared) if chosen.aligned), key=repr)
+
+
+@pytest.mark.parametrize("shared", DEVICES)
 @pytest.mark.parametrize("seed", range(2))
-def test_plans_of_random_layouts(copies, seed):
-    rng, choices = random.Random(seed), sorted(variants(copies), key=repr)
+def test_plans_of_random_layouts(shared, seed):
+    rng, choices = random.Random(seed), sorted(variants(shared), key=repr)
     planned = 0
     for blocks, rows in random_layouts(seed):
-        for chosen in rng.sample(choices, 2):
-            try:
-                plan = make_plan.__wrapped__(blocks, rows, chosen, *DEVICES[copies])
-            except UnsupportedLayoutError:
-                continue
-            check_plan(plan, blocks, rows, chosen, DEVICES[copies][1])
-            planned += 1
-    assert planned > 100
+        chosen = rng.choice(choices)
+        try:
+            plan = plan_of(blocks, rows, chosen, shared)
+        except UnsupportedLayoutError:
+            continue
+        check_plan(plan, blocks, rows, chosen, shared)
+        planned += 1
+    assert planned > 60
 
 
-@pytest.mark.parametrize("copies", DEVICES)
+@pytest.mark.parametrize("shared", DEVICES)
 @pytest.mark.parametrize(("rows", "columns", "shards"), [
     (16, 64, 1), (4096, 4096, 1), (4096, 11008, 1), (28672, 8192, 8), (8192, 28672, 8), (65536, 4096, 1),
-    (256, 65536, 1),
+    (16, 65536, 1), (65536, 64, 1), (65536, 65536, 1), (16, 65472, 1), (65536, 65024, 8),
 ])  # fmt: skip
-def test_every_variant_has_a_plan_for_default_layouts(copies, rows, columns, shards):
+def test_every_variant_has_a_plan_for_default_layouts(shared, rows, columns, shards):
     blocks = flat(layout_blocks(columns, "pow2-sum-256", IN_FLOOR, shards))
-    for chosen in variants(copies):
-        if chosen.aligned:  # of no influence on the plan
-            plan = make_plan.__wrapped__(blocks, rows, chosen, *DEVICES[copies])
-            check_plan(plan, blocks, rows, chosen, DEVICES[copies][1])
-            assert plan.alone or columns not in (4096, 8192)
-            if chosen.tiles == 1:
-                assert not plan.alone or warp_segments(blocks, plan) <= warp_room(chosen)
+    for chosen in aligned_variants(shared):
+        plan = plan_of(blocks, rows, chosen, shared)
+        check_plan(plan, blocks, rows, chosen, shared)
+        assert plan.alone or columns not in (4096, 8192, 28672, 65536)
 
 
-@pytest.mark.parametrize(("columns", "shards"), [(3584, 8), (4032, 1)])
-def test_warps_hold_every_segment_of_a_slice(columns, shards):
-    """matvec rotates one token with Values<WARPS>: room for as many segments of 256 as a slice of one run can have."""
+@pytest.mark.parametrize("seed", range(4))
+def test_the_longest_slice_of_a_default_layout(seed):
+    """MOST_UNITS, which decides whether variants have room, holds for every layout of a checkpoint."""
+    rng = random.Random(seed)
+    for layout in ("pow2-sum-256", "pow2-sum", "pow2-sum-2048", "equal", "equal-256"):
+        shards = rng.choice([1, 2, 4, 8])
+        columns = 64 * shards * (1024 // shards - rng.randint(0, 40 // shards))
+        blocks = flat(layout_blocks(columns, layout, IN_FLOOR, shards))
+        slices = planning._even(planning._cuts(blocks), columns, MAX_SLICES)
+        assert max(b - a for a, b in pairwise(slices)) <= MOST_UNITS * UNIT
+        for shared in DEVICES:
+            chosen = rng.choice(aligned_variants(shared))
+            check_plan(plan_of(blocks, 65536, chosen, shared), blocks, 65536, chosen, shared)
+
+
+@pytest.mark.parametrize("shared", DEVICES)
+@pytest.mark.parametrize(("columns", "shards"), [(3584, 8), (4032, 1), (2016, 1), (1984, 1)])
+def test_warps_hold_every_segment_of_a_slice(columns, shards, shared):
+    """matvec rotates a token with Values<GROUP>: room for as many segments of 256 as a slice of one run can have."""
     blocks = flat(layout_blocks(columns, "pow2-sum-256", IN_FLOOR, shards))
-    chosen = variant(Stages(1, 1), 1, 32, True, False)
-    plan = make_plan(blocks, 4096, chosen, *DEVICES[32])
-    assert not plan.alone or warp_segments(blocks, plan) <= warp_room(chosen)
+    for tiles in (1, 2):
+        chosen = variant(Stages(1, 1), tiles, shared, True)
+        plan = plan_of(blocks, 4096, chosen, shared)
+        assert not plan.alone or warp_segments(blocks, plan) <= warp_room(chosen)
 
 
 def test_slices_start_at_codes():
@@ -374,41 +454,113 @@ def test_slices_start_at_codes():
 
 
 def test_no_plan_is_an_error_of_its_own():
-    chosen = variant(Stages(4, 0), 4, 1, False, False)
+    chosen = variant(Stages(4, 0), 4, 101376, False)
     with pytest.raises(UnsupportedLayoutError, match=r"slices that fit 8192 bytes.*got 4096 columns in blocks"):
-        make_plan((256, 16), 4096, chosen, 128, 8192)
+        make_plan((256, 16), 4096, chosen, 16, 128, 8192)
     with pytest.raises(UnsupportedLayoutError):  # no multiple of 64 for longer than a slice
-        make_plan((8, 1, 8192, 1, 8, 7), 4096, chosen, *DEVICES[1])
+        make_plan((8, 1, 8192, 1, 8, 7), 4096, chosen, 16, 128, 101376)
 
 
 def test_plans_use_the_whole_device():
-    chosen = variant(Stages(1, 0), 1, 32, True, False)
-    plan = make_plan((256, 16), 4096, chosen, *DEVICES[32])
+    chosen = variant(Stages(1, 0), 1, 232448, True)
+    plan = make_plan((256, 16), 4096, chosen, 1, 132, 232448)
     assert plan.count * plan.ctas >= 132
-    assert make_plan((256, 16), 4096, chosen, *DEVICES[32]) is plan
+    assert make_plan((256, 16), 4096, chosen, 1, 132, 232448) is plan
 
 
-@pytest.mark.parametrize("copies", DEVICES)
-def test_variants(copies):
-    every = variants(copies)
+@pytest.mark.parametrize("shared", DEVICES)
+def test_variants(shared):
+    every = variants(shared)
     macros = re.search(r"// Compiled with (.*?)\.\n", (KERNELS / "matvec.cu").read_text(), re.DOTALL)[1]
     for chosen in every:
         assert all(macro in macros for macro in chosen.defines)
-        assert chosen.tokens == 4 * chosen.tiles
-        assert chosen.defines["COPIES"] == copies
+        assert chosen.tokens == 4 * chosen.tiles >= CLASS_OF[chosen.tiles]
+        assert chosen.copies == (32 if shared > 160 * 1024 else 1)
         assert 32 * chosen.warps * chosen.ctas <= 1024
-    for stages in (Stages(1, 0), Stages(2, 1), Stages(4, 0)):
-        assert {variant(stages, t, copies, a, large) for t in (1, 2, 4) for a in (0, 1) for large in (0, 1)} <= every
+        assert min(chosen.rows, chosen.depth) >= 1
+        if chosen.tiles < 4:  # warps share the tokens that they rotate evenly
+            assert chosen.warps % matvec_constants(chosen)["ALONE"] == 0
     assert Stages(2, 1).count == 3
-    sizes = {Stages(1, 0): (1024 + 65536, 3072), Stages(1, 1): (1024 + 131072, 4096)}
-    for stages, (wide, narrow) in sizes.items():
-        assert variant(stages, 1, copies, True, False).table_bytes == (wide if copies == 32 else narrow)
+
+
+@pytest.mark.parametrize("shared", DEVICES)
+def test_variants_are_what_the_host_asks_for(gpu, shared):
+    gpu.shared, asked = shared, set()
+    for bits in BITS:
+        packed = packed_for(bits=bits)
+        weights = weight_of(packed), weight_of(packed_for(200, 72, bits, (64, 8)))
+        assert [weight.aligned for weight in weights] == [True, False]
+        asked |= {host._variant(weight, tokens, 0) for weight in weights for tokens in range(1, MATVEC_TOKENS + 1)}
+    assert asked == variants(shared)
+
+
+def test_copies_of_the_tables_go_by_shared_memory():
+    found = {kib: variant(Stages(2, 0), 1, kib * 1024, True).copies for kib in (99, 159, 160, 163, 227)}
+    assert found == {99: 1, 159: 1, 160: 32, 163: 32, 227: 32}
+
+
+def test_tokens_of_a_class_share_variant_and_plan(gpu):
+    weight = weight_of(packed_for())
+    tiles = [host._tiles(tokens) for tokens in range(1, MATVEC_TOKENS + 1)]
+    assert tiles == [1] + [2] * 7 + [4] * 8
+    assert tuple(CLASS_OF.values()) == host.CLASSES
+    for tokens in range(1, MATVEC_TOKENS + 1):
+        chosen = host._variant(weight, tokens, 0)
+        assert chosen.tiles == tiles[tokens - 1]
+        assert tokens <= CLASS_OF[chosen.tiles] <= chosen.tokens
+        assert host._plan(weight, chosen, tokens, 0) is host._plan(weight, chosen, CLASS_OF[chosen.tiles], 0)
+
+
+# --- matvec.cu's shared memory
+
+
+@pytest.mark.parametrize("shared", DEVICES)
+def test_shared_memory_of_matvec_is_what_plan_counts(shared):
+    rng = random.Random(shared)
+    for chosen in variants(shared):
+        names = matvec_constants(chosen)
+        assert (names["RINGS_END"], names["TILE_BYTES"]) == (chosen.fixed_bytes, chosen.stages.tile_bytes)
+        assert names["UNIT_BYTES"] % 16 == 0
+        for _ in range(5):
+            sizes = rng.randint(1, 16), rng.randint(1, 4096), rng.randint(1, CLASS_OF[chosen.tiles])
+            assert matvec_bytes(chosen, *sizes) == chosen.shared_bytes(*sizes)
+        assert chosen.shared_bytes(5, 7, 1) <= chosen.shared_bytes(5, 7, CLASS_OF[chosen.tiles])
+
+
+def find_pieces(blocks, begin: int, end: int) -> list[tuple[int, int, int]]:
+    """As matvec.cu does it: (number, first row, end) of what shares rows with [begin, end)."""
+    before, found = 0, []
+    for low, high, _ in runs(blocks):
+        start, stop = max(low, begin), min(high, end)
+        if start < stop:
+            for i in range((start - low) // UNIT, (stop - 1 - low) // UNIT + 1):
+                found.append((before + i, low + i * UNIT, min(low + (i + 1) * UNIT, high)))
+        before += -(-(high - low) // UNIT)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_pieces_of_a_cta_have_room(seed):
+    """As many as matvec.cu has places for; all of them together are the rows, numbered as the host counts them."""
+    rng = random.Random(seed)
+    most = re.search(r"const int most = ([^;]*);", source("matvec.cu"))[1]
+    many = flat([2, 1] * 48), flat([256, 16] * 48), (256, 256), (16, 4096), (1, 7)
+    for blocks in (*many, *(blocks for blocks, _ in random_layouts(seed))):
+        rows = runs(blocks)[-1][1]
+        every = find_pieces(blocks, 0, rows)
+        assert [number for number, *_ in every] == list(range(block_count(blocks)))
+        assert [0, *(end for *_, end in every)] == [*(begin for _, begin, _ in every), rows]
+        for _ in range(20):
+            tile0 = rng.randrange(-(-rows // TILE))
+            tile1 = rng.randint(tile0 + 1, -(-rows // TILE))
+            room = evaluate(most, {"tile0": tile0, "tile1": tile1, "MAX_RUNS": MAX_RUNS})
+            assert len(find_pieces(blocks, TILE * tile0, min(TILE * tile1, rows))) <= room
 
 
 # --- plan.py: gemm
 
 
-@pytest.mark.parametrize("shared", [101376, 166912, 232448])
+@pytest.mark.parametrize("shared", DEVICES)
 def test_gemm_variants(shared):
     macros = re.search(r"// Compiled with (.*?)\.\n", (KERNELS / "gemm.cu").read_text(), re.DOTALL)[1]
     for e8p, e81b in [(n, m) for n in range(1, 5) for m in (0, 1) if n + m <= 4]:
@@ -432,7 +584,7 @@ def test_steps_of_a_gemm_are_shared_out(seed):
     for _ in range(60):
         rows, columns = 16 * rng.randint(1, 4096), 64 * rng.randint(1, 1024)
         tokens, processors = rng.choice([32, 64, 128, 256]), rng.choice([20, 108, 132])
-        chosen = gemm_variant(Stages(rng.randint(1, 3), rng.randint(0, 1)), tokens, rng.choice([101376, 232448]))
+        chosen = gemm_variant(Stages(rng.randint(1, 3), rng.randint(0, 1)), tokens, rng.choice(list(DEVICES)))
         token_tiles = -(-tokens // chosen.tokens)
         ctas, slices = share_steps.__wrapped__(chosen, rows, columns, token_tiles, processors)
         steps, tiles = columns // 64, -(-rows // chosen.rows)
@@ -451,7 +603,7 @@ def test_steps_of_a_gemm_are_shared_out(seed):
 
 
 def test_gemm_uses_the_device_for_large_layers():
-    chosen = gemm_variant(Stages(2, 0), 32, DEVICES[32][1])
+    chosen = gemm_variant(Stages(2, 0), 32, 232448)
     ctas, slices = share_steps(chosen, 14336, 4096, 1, 132)
     assert ctas >= 100
     assert slices <= 6
@@ -531,15 +683,6 @@ def test_a_device_without_a_number_is_the_current_one(monkeypatch):
     assert (host._index(torch.device("cuda", 3)), host._index(torch.device("cuda"))) == (3, 5)
 
 
-def test_copies_go_by_shared_memory(gpu):
-    found = {}
-    for kib in (99, 159, 160, 163, 227):
-        host._copies.cache_clear()
-        gpu.shared = kib * 1024
-        found[kib] = host._copies(0)
-    assert found == {99: 1, 159: 1, 160: 32, 163: 32, 227: 32}
-
-
 # --- linear.py: launches
 
 
@@ -548,10 +691,16 @@ def pitch(weight) -> int:
     return weight.padded_out if max(weight.out_blocks[::2]) > UNIT else UNIT * block_count(weight.out_blocks)
 
 
-def check_matvec(launch, x, weight, bias, plan) -> None:
-    p, stages = launch.p, weight.stages.count
+def launched_plan(launch, x, weight, bias, shared) -> Plan:
+    """That of a launch of matvec, whose parameters and shared memory are checked."""
+    p, stages, tokens = launch.p, weight.stages.count, len(x)
+    chosen = variant(weight.stages, 1 if tokens == 1 else 2 if tokens <= 8 else 4, shared, weight.aligned)
+    plan = plan_of(weight.in_blocks, weight.padded_out, chosen, shared)
+    check_plan(plan, weight.in_blocks, weight.padded_out, chosen, shared)
+    assert (launch.defines, launch.shared) == (chosen.defines, chosen.shared_limit(shared))
     assert list(p.codes) == [address(c) for c in weight.codes]
-    assert (p.x, p.scale_in, p.ratios) == (address(x), address(weight.scale_in), address(weight.ratios))
+    assert (p.x, p.x_stride, p.scale_in) == (address(x), x.stride(0), address(weight.scale_in))
+    assert p.ratios == address(weight.ratios)
     assert (p.scale_out, p.bias) == (address(weight.scale_out), 0 if bias is None else address(bias))
     assert (p.row_stride, p.column_stride, p.tile_stride) == weight.strides
     assert (p.x_dtype, p.y_dtype) == (host.DTYPES[x.dtype],) * 2
@@ -562,11 +711,11 @@ def check_matvec(launch, x, weight, bias, plan) -> None:
     assert raw(p, "slice_start") == pack_borders(plan.slices)
     assert (raw(p, "in_runs"), raw(p, "runs")) == (pack_runs(weight.in_blocks), pack_runs(weight.out_blocks))
     assert launch.grid == plan.count * plan.ctas
-    assert launch.block == 32 * launch.defines["WARPS"]
-    assert launch.defines["E8P_STAGES"] + launch.defines["E81B_STAGES"] == stages
-    assert len(x) <= 4 * launch.defines["TILES"]
+    assert launch.block == 32 * chosen.warps
+    assert len(p.codes) == stages
     assert launch.overlap == weight.tiled  # rows of codes may be what the kernel ahead of it writes
     assert launch.stream == 7
+    return plan
 
 
 def check_quantize(launch, x, weight, plan, matvec) -> None:
@@ -606,56 +755,73 @@ def check_workspace(gpu, matvec, plan, weight, tokens) -> None:
 @pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("bias", BIASES)
-def test_one_token_is_one_launch(gpu, tiled, bits, bias):
+@pytest.mark.parametrize("tokens", [1, 2, 5, 8])
+def test_few_tokens_are_one_launch(gpu, tokens, tiled, bits, bias):
     packed = packed_for(bits=bits, bias=bias, scale=torch.float32 if bits % 2 else torch.float16)
-    weight, x = weight_of(packed, tiled), activations(1, dtype=torch.bfloat16 if bits > 4 else torch.float16)
+    weight, x = weight_of(packed, tiled), activations(tokens, dtype=torch.bfloat16 if bits > 4 else torch.float16)
     y = host.linear(x, weight, packed.bias)
-    assert (y.shape, y.dtype) == ((1, 200), x.dtype)
+    assert (y.shape, y.dtype) == ((tokens, 200), x.dtype)
     (launch,) = gpu.launches
-    plan = host._plan(weight, host._variant(weight, 1, 0), 0)
-    check_matvec(launch, x, weight, packed.bias, plan)
-    check_workspace(gpu, launch.p, plan, weight, 1)
+    plan = launched_plan(launch, x, weight, packed.bias, gpu.shared)
+    check_workspace(gpu, launch.p, plan, weight, tokens)
     assert launch.p.y == address(y)
     assert (launch.p.planes, launch.p.scales, launch.p.sums) == (0, 0, 0)
     assert launch.defines["ALIGNED"] == 1
 
 
+@pytest.mark.parametrize("shared", DEVICES)
 @pytest.mark.parametrize(("tokens", "in_blocks"), [
-    (2, None), (4, None), (5, None), (8, None), (9, None), (16, None),
-    (1, (512, 256, 64, 128)), (1, (8192, 64)), (3, (32768,)), (1, (32768, 16384, 64)), (2, (8,) * 9),
+    (1, (8,) * 9), (2, (8,) * 9), (8, (8,) * 9), (4, (256,) * 40), (7, (64,) * 33), (1, (16, 8)),
 ])  # fmt: skip
-@pytest.mark.parametrize("copies", DEVICES)
-def test_two_launches(gpu, tokens, in_blocks, copies):
-    gpu.processors, gpu.shared = DEVICES[copies]
+def test_blocks_up_to_256_are_one_launch(gpu, tokens, in_blocks, shared):
+    gpu.processors, gpu.shared = DEVICES[shared], shared
+    k = sum(in_blocks) - 3
+    packed = packed_for(k=k, in_blocks=in_blocks)
+    weight, x = weight_of(packed), activations(tokens, k)
+    y = host.linear(x, weight, None)
+    (matvec,) = gpu.launches
+    plan = launched_plan(matvec, x, weight, None, shared)
+    check_workspace(gpu, matvec.p, plan, weight, tokens)
+    assert (matvec.p.planes, matvec.p.y) == (0, address(y))
+    assert matvec.p.counters
+
+
+@pytest.mark.parametrize(("tokens", "in_blocks"), [
+    (9, None), (16, None), (9, (8,) * 9),
+    (1, (512, 256, 64, 128)), (1, (8192, 64)), (3, (32768,)), (8, (512,) * 9), (1, (32768, 16384, 64)), (2, (32, 512)),
+    (8, (256, 64) * 20),  # more runs in a slice than its warps hold
+])  # fmt: skip
+@pytest.mark.parametrize("shared", DEVICES)
+def test_two_launches(gpu, tokens, in_blocks, shared):
+    gpu.processors, gpu.shared = DEVICES[shared], shared
     k = 957 if in_blocks is None else sum(in_blocks) - 3
     packed = packed_for(k=k, in_blocks=in_blocks, bias="float32", scale=torch.float32)
     weight, x = weight_of(packed), activations(tokens, k)
     y = host.linear(x, weight, packed.bias)
     quantize, matvec = gpu.launches
     assert gpu.names() == ["quantize_input", "matvec"]
-    tiles = 1 if tokens <= 4 else 2 if tokens <= 8 else 4
-    plan = host._plan(weight, host._variant(weight, tiles, 0), 0)
-    assert matvec.defines["COPIES"] == copies
-    check_matvec(matvec, x, weight, packed.bias, plan)
+    plan = launched_plan(matvec, x, weight, packed.bias, shared)
     check_quantize(quantize, x, weight, plan, matvec.p)
     check_workspace(gpu, matvec.p, plan, weight, tokens)
-    assert (matvec.p.y, matvec.defines["TILES"]) == (address(y), tiles)
-    assert matvec.defines["ALIGNED"] == (in_blocks != (8,) * 9)
+    assert matvec.p.y == address(y)
+    assert 0 not in (matvec.p.planes, matvec.p.scales, matvec.p.sums, matvec.p.counters)
+    assert matvec.defines["ALIGNED"] == can_tile(weight.padded_out, weight.in_blocks)
     assert bool(quantize.p.scratch) == (4 * (plan.buffer + 128) > gpu.shared)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 7, 16])
-@pytest.mark.parametrize(("out_blocks", "copies"), [((512, 64), 32), ((32768,), 32), ((32768,), 1), ((8192, 16), 1)])
-def test_wide_output_blocks_take_a_launch_more(gpu, tokens, out_blocks, copies):
-    gpu.processors, gpu.shared = DEVICES[copies]
+@pytest.mark.parametrize(("out_blocks", "shared"), [
+    ((512, 64), 232448), ((32768,), 232448), ((32768,), 166912), ((32768,), 101376), ((8192, 16), 101376),
+])  # fmt: skip
+def test_wide_output_blocks_take_a_launch_more(gpu, tokens, out_blocks, shared):
+    gpu.processors, gpu.shared = DEVICES[shared], shared
     n = sum(out_blocks) - 3
     packed = packed_for(n, out_blocks=out_blocks, bias="bfloat16", scale=torch.float32)
     weight, x = weight_of(packed), activations(tokens)
     y = host.linear(x, weight, packed.bias)
     assert gpu.names() == ["quantize_input", "matvec", "rotate_wide_output"]
     quantize, matvec, launch = gpu.launches
-    plan = host._plan(weight, host._variant(weight, matvec.defines["TILES"], 0), 0)
-    check_matvec(matvec, x, weight, packed.bias, plan)
+    plan = launched_plan(matvec, x, weight, packed.bias, shared)
     check_quantize(quantize, x, weight, plan, matvec.p)
     check_workspace(gpu, matvec.p, plan, weight, tokens)
     assert matvec.p.counters == 0
@@ -691,18 +857,24 @@ def test_tokens_that_a_tile_holds_decode_once(gpu, tokens, tiled, bias, bits):
     assert (p.x, p.ratios, p.partial) == (first.p.y, address(weight.ratios), last.p.x)
     assert (p.row_stride, p.column_stride, p.tile_stride) == weight.strides
     assert (p.tokens, p.columns, p.rows, p.slices) == (tokens, 960, 208, slices)
-    assert (first.p.x, first.p.x_dtype, first.p.y_dtype, first.p.padded) == (address(x), 1, 0, 960)
-    assert (first.p.scale, first.p.bias, first.p.scales) == (address(packed.scale_in), 0, last.p.scales)
-    assert raw(first.p, "runs") == pack_runs(weight.in_blocks)
-    assert (last.p.x_dtype, last.p.padded, last.p.tokens, last.p.slices) == (2, 208, tokens, slices)
-    assert (last.p.y, last.p.y_dtype, last.p.scale) == (address(y), 1, address(packed.scale_out))
-    assert last.p.bias == (0 if bias is None else address(packed.bias))
-    assert raw(last.p, "runs") == pack_runs(weight.out_blocks)
+    assert (first.p.x, first.p.x_stride, first.p.x_dtype, first.p.y_dtype) == (address(x), 960, 1, 0)
+    assert (first.p.begin, first.p.end, first.p.bias) == (0, 960, 0)
+    check_rotate(first, gpu, packed.scale_in, weight.in_blocks, tokens, tiled)
+    assert (last.p.x_stride, last.p.x_dtype, last.p.begin, last.p.end) == (208, 2, 0, 208)
+    assert (last.p.y, last.p.y_dtype, last.p.divisors) == (address(y), 1, first.p.divisors)
+    assert (last.p.bias, last.p.bias_dtype) == (0 if bias is None else address(packed.bias), BIASES[bias])
+    check_rotate(last, gpu, packed.scale_out, weight.out_blocks, tokens, tiled, slices)
 
 
 @pytest.mark.parametrize(
     ("tokens", "groups"),
-    [(17, [16, 1]), (18, [16, 2]), (33, [16, 16, 1]), (MOST_MATVEC, [16] * (MOST_MATVEC // MATVEC_TOKENS))],
+    [
+        (17, [16, 1]),
+        (24, [16, 8]),
+        (25, [16, 9]),
+        (33, [16, 16, 1]),
+        (MOST_MATVEC, [16] * (MOST_MATVEC // MATVEC_TOKENS)),
+    ],
 )
 def test_more_tokens_of_what_cannot_be_tiled_are_more_launches(gpu, tokens, groups):
     weight, x = weight_of(packed_for()), activations(tokens)
@@ -710,7 +882,7 @@ def test_more_tokens_of_what_cannot_be_tiled_are_more_launches(gpu, tokens, grou
     assert not weight.aligned
     y = host.linear(x, weight, None)
     launches = [launch for launch in gpu.launches if launch.name == "matvec"]
-    assert len(gpu.launches) == sum(1 if group == 1 else 2 for group in groups)
+    assert len(gpu.launches) == sum(1 if group <= ALONE_TOKENS else 2 for group in groups)
     assert [launch.p.tokens for launch in launches] == groups
     assert [launch.p.x for launch in launches] == [address(x[16 * i :]) for i in range(len(groups))]
     assert [launch.p.y for launch in launches] == [address(y[16 * i :]) for i in range(len(groups))]
@@ -725,7 +897,7 @@ def test_more_tokens_of_what_cannot_be_tiled_are_more_launches(gpu, tokens, grou
 def test_many_tokens_are_a_dense_product(gpu, monkeypatch, tiled, bias, in_blocks, out_blocks, spans):
     tokens, k, wide = MOST_GEMM + 1, sum(in_blocks) - 1, out_blocks is not None
     if wide:
-        gpu.processors, gpu.shared = 8, DEVICES[1][1]
+        gpu.processors, gpu.shared = 8, 101376
     monkeypatch.setattr(dense, "piece_rows", lambda *sizes: 256)
     packed = packed_for(600 if wide else 608, k, 5, in_blocks, out_blocks, bias=bias)
     weight, x = weight_of(packed, tiled), activations(tokens, k, torch.bfloat16)
@@ -775,11 +947,11 @@ def check_dequantize(launch, weight, to, row, rows) -> None:
     assert (launch.block, launch.overlap, launch.defines) == (256, weight.tiled, weight.stages.defines)
 
 
-def check_rotate(launch, gpu, scale, blocks, tokens, overlap) -> None:
+def check_rotate(launch, gpu, scale, blocks, tokens, overlap, slices=1) -> None:
     p, wide = launch.p, max(blocks[::2]) > UNIT
     assert launch.name.startswith("rotate_wide") == wide
     assert (p.scale, p.scale_dtype, p.features) == (address(scale), 0, len(scale))
-    assert (p.tokens, p.slices, p.buffer, raw(p, "runs")) == (tokens, 1, max(blocks[::2]), pack_runs(blocks))
+    assert (p.tokens, p.slices, p.buffer, raw(p, "runs")) == (tokens, slices, max(blocks[::2]), pack_runs(blocks))
     assert (launch.overlap, launch.stream) == (overlap, 7)
     across, down, _ = launch.grid
     assert 1 <= across <= tokens
@@ -879,15 +1051,18 @@ def test_no_tokens_are_no_launch(gpu):
 
 def test_strided_activations(gpu):
     weight = weight_of(packed_for())
-    rows = activations(6, 1920)
-    for x in (rows[:, :960], rows[::2, 960:], rows[:1, :960].expand(3, -1)):  # rows in one piece: as they are
+    rows = activations(40, 1920)
+    for tokens, launches in ((6, 1), (12, 2)):
+        some = rows[: 2 * tokens]
+        for x in (some[:tokens, :960], some[::2, 960:], some[:1, :960].expand(tokens, -1)):  # rows in one piece: as is
+            gpu.launches.clear()
+            host.linear(x, weight, None)
+            assert len(gpu.launches) == launches
+            assert (gpu.launches[0].p.x, gpu.launches[0].p.x_stride) == (address(x), x.stride(0))
+        x = some[:tokens, ::2]
         host.linear(x, weight, None)
-        assert gpu.launches[-2].p.x == address(x)
-        assert gpu.launches[-2].p.x_stride == x.stride(0)
-    x = rows[:, ::2]
-    host.linear(x, weight, None)
-    assert gpu.launches[-2].p.x != address(x)
-    assert gpu.launches[-2].p.x_stride == 960
+        assert gpu.launches[-launches].p.x != address(x)
+        assert gpu.launches[-launches].p.x_stride == 960
     host.linear(activations(1, 1920)[:, ::2], weight, None)
     assert gpu.names()[-2:] == ["matvec", "matvec"]
 
@@ -969,11 +1144,11 @@ def check_prepared(gpu, packed, monkeypatch) -> None:
     assert gpu.loads[before:] == []
 
 
-@pytest.mark.parametrize("copies", DEVICES)
+@pytest.mark.parametrize("shared", DEVICES)
 @pytest.mark.parametrize("layout", ["pow2-sum-256", "pow2-sum", "pow2", "equal-1024"])
 @pytest.mark.parametrize("bits", [2, 3, 8])
-def test_prepare_loads_all_that_calls_need(gpu, monkeypatch, copies, layout, bits):
-    gpu.processors, gpu.shared = DEVICES[copies]
+def test_prepare_loads_all_that_calls_need(gpu, monkeypatch, shared, layout, bits):
+    gpu.processors, gpu.shared = DEVICES[shared], shared
     check_prepared(gpu, packed_for(600, 4160, bits, layout_blocks(4160, layout, 64)), monkeypatch)
 
 
@@ -1078,12 +1253,12 @@ def test_the_operator_on_a_gpu(on_gpu):
     weight = weight_of(packed)
     rest = (list(packed.codes), weight.ratios, packed.scale_in, packed.scale_out, packed.bias)
     blocks = (list(weight.in_blocks), list(weight.out_blocks))
-    for shape in ((960,), (0, 960), (3, 960), (2, 0, 960), (2, 3, 960)):
+    for shape in ((960,), (0, 960), (3, 960), (2, 0, 960), (3, 3, 960)):
         assert layers._on_gpu(torch.randn(shape).half(), *rest, *blocks).shape == (*shape[:-1], 200)
-    assert on_gpu.names() == ["matvec"] + ["quantize_input", "matvec"] * 2
+    assert on_gpu.names() == ["matvec", "matvec", "quantize_input", "matvec"]
     x = torch.randn(2, 960)
     assert torch.equal(layers._on_gpu(x, *rest, *blocks), layers._reference(x, *rest, *blocks))
-    assert len(on_gpu.launches) == 5
+    assert len(on_gpu.launches) == 4
 
 
 def test_has_kernels_asks_dtype_device_and_layout(gpu, monkeypatch):

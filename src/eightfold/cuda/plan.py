@@ -16,6 +16,7 @@ TILE = 16  # rows of a unit
 MAX_RUNS, MAX_SLICES = 96, 64  # as common.cuh has them
 MAX_SLICE = 4096  # columns; the sums of that many products, 11 * 32600 at most each, fit an int32
 MAX_FEATURES = 65536  # of either side
+MOST_UNITS = 5  # of the longest of MAX_SLICES slices of MAX_FEATURES columns: 4, and cuts are up to a unit apart
 MATVEC_TOKENS = 16  # most tokens of one launch of matvec
 ALONE_TOKENS = 8  # most tokens that matvec rotates by itself; from two on, four UNITs a warp
 GEMM_TOKENS = (32, 64, 128)  # of a tile of gemm
@@ -118,7 +119,11 @@ def variant(stages: Stages, tiles: int, shared: int, aligned: bool) -> Variant:
     else:
         warps, ctas = 8, 1
     depth = max(1, (4096 if many else 2048) // (rows * stages.tile_bytes))
-    return Variant(stages, tiles, rows, warps, ctas, depth, 32 if many else 1, aligned)
+    for size in ((warps, depth), (warps, 1), (8, 1), (4, 1)):  # until layers of every size have room
+        chosen = Variant(stages, tiles, rows, size[0], ctas, size[1], 32 if many else 1, aligned)
+        if chosen.shared_bytes(MOST_UNITS, rows, chosen.tokens) <= chosen.shared_limit(shared):
+            break
+    return chosen
 
 
 def variants(shared: int) -> set[Variant]:
@@ -294,8 +299,9 @@ def make_plan(blocks: tuple[int, ...], rows: int, variant: Variant, tokens: int,
     best: tuple[float, Plan] | None = None
     longest = 4 * UNIT * (variant.warps // 8) if 1 < tokens <= ALONE_TOKENS else MAX_SLICE
     least = -(-total // longest)
-    counts = range(least, min(MAX_SLICES, 2 * least + 30) + 1)
-    for wanted, resident in product(counts, range(1, variant.ctas + 1)):
+    for wanted, resident in product(range(least, MAX_SLICES + 1), range(1, variant.ctas + 1)):
+        if best is not None and wanted > 2 * least + 30:
+            break
         slices = _even(cuts, total, wanted)
         if any(b - a > longest for a, b in pairwise(slices)) or len(slices) > MAX_SLICES + 1:
             continue
