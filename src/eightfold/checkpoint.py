@@ -325,9 +325,8 @@ def read_packed(folder: ModelFolder, name: str) -> PackedWeight:
     expected = _codes(config, name)
     prefix = f"{name}."
     check_same(expected, {key: (t.dtype, t.shape) for key, t in folder.tensors.items() if key.startswith(prefix)})
-    spec = config.layers[name]
     named = {key.removeprefix(prefix): folder.read(key) for key in expected}
-    packed = PackedWeight.from_tensors(spec, config.recipes[spec.bits], named)
+    packed = PackedWeight.from_tensors(config.layers[name], config.recipe(name), named)
     packed.validate(name)
     return packed
 

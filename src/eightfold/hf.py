@@ -129,7 +129,7 @@ def _replace(model: PreTrainedModel, name: str, module_name: str, config: QuantC
         raise CheckpointError(f"{name}: the configuration says {spec}, the model has {old}")
     if f"{module_name}.weight" in model.all_tied_weights_keys:
         raise CheckpointError(f"{name}: a quantized layer cannot be tied: tie_word_embeddings must be false")
-    module = QuantLinear(spec, config.recipes[spec.bits], config.scale, "meta")
+    module = QuantLinear(spec, config.recipe(name), config.scale, "meta")
     module.train(old.training)
     model.set_submodule(module_name, module)
 
