@@ -18,7 +18,9 @@ MAX_PARAMETERS = 8
 # A module may import modules of the rows above its own, no others. Every module stands here once.
 LAYERS = (
     ("cuda",),
-    ("e8p", "rotation", "parallel", "bundled"),
+    ("codebook", "rotation", "parallel", "bundled"),
+    ("e8shell",),
+    ("e8p",),
     ("rvq", "tensor_parallel"),
     ("ldlq", "format"),
     ("folder",),

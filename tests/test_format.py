@@ -121,7 +121,7 @@ BAD = [
     (set_at(f"layers/{A}/bias", "int8"), rf"{A}: bias"),
     (set_at(f"layers/{A}/bits", 9), rf"{A}: bits"),
     (set_at(f"layers/{A}/bits", 2.5), rf"{A}: bits"),
-    (set_at(f"layers/{A}/bits", 4), "recipes"),
+    (set_at(f"layers/{A}/bits", 6), "recipes"),
     (set_at(f"layers/{A}/out_features", 0), rf"{A}: out_features"),
     (set_at(f"layers/{A}/in_features", 73.0), rf"{A}: in_features"),
     (set_at(f"layers/{A}/out_blocks", [[16, 1]]), rf"{A}: out_blocks"),  # holds 16 of 20
@@ -139,7 +139,7 @@ BAD = [
     (set_at("layers/model.layers.0", {}), "model.layers.0"),
     (set_at("recipes/9", {"stages": ["e8p"], "ratios": [1.0]}), "recipes"),
     (set_at("recipes/02", {"stages": ["e8p"], "ratios": [1.0]}), "recipes"),
-    (set_at("recipes/4", {"stages": ["e8p", "e8p"], "ratios": [1.0, 0.3]}), "recipes"),  # nobody's
+    (set_at("recipes/6", {"stages": ["e8p"] * 3, "ratios": [1.0, 0.3, 0.1]}), "recipes"),  # nobody's
     (set_at("recipes/2/stages", ["e8p", "e8p"]), "recipes.2: ratios"),
     (set_at("recipes/2/stages", ["trellis"]), "recipes.2: stages"),
     (set_at("recipes/2/stages", []), "recipes.2: stages"),

@@ -119,6 +119,7 @@ def _add_quantize(parser: ArgumentParser) -> None:
     add("--samples", type=_count, default=128, metavar="N", help="windows of calibration text (default: %(default)s)")
     add("--seqlen", type=_count, default=2048, metavar="N", help="tokens of a window (default: %(default)s)")
     add("--seed", type=int, default=0, help="of windows and signs (default: %(default)s)")
+    add("--codebook", choices=("e8p", "e8shell"), default="e8p", help="e8shell: for comparison (default: %(default)s)")
     add("--layout", help="rotation blocks: pow2-sum-C, pow2-sum, equal-C, pow2 (default: pow2-sum-256)")
     add(
         "--scale-dtype",

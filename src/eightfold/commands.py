@@ -204,7 +204,7 @@ def _request(options: Namespace) -> Request:
         tp_max=options.tp_max,
         eval_text=options.eval_text,
         max_ratio=options.max_ratio,
-        settings=Settings(seed=options.seed, scale_dtype=options.scale_dtype),
+        settings=Settings(seed=options.seed, scale_dtype=options.scale_dtype, codebook=options.codebook),
         **{key: value for key in ("layout", "shard_bytes") if (value := getattr(options, key)) is not None},
     )
 

@@ -21,13 +21,13 @@ from eightfold.rvq import Residual
 FORMAT_VERSION = 1
 QUANT_METHOD = "eightfold"
 BITS = range(2, 9)
-STAGES = ("e8p", "e81b")
+STAGES = ("e8p", "e81b", "e8shell", "e8shell256")
 MAX_STAGES = 4
 MAX_FEATURES = 1 << 24
 SCALE_DTYPES = ("float16", "float32")
 BIAS_DTYPES = ("float16", "bfloat16", "float32")
 # How safetensors spells the dtypes of a quantized linear's tensors.
-DTYPE_CODES = {torch.int16: "I16", torch.uint8: "U8"}
+DTYPE_CODES = {torch.int16: "I16", torch.uint8: "U8", torch.uint16: "U16", torch.int8: "I8"}
 DTYPE_CODES |= {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 TensorSpec = tuple[torch.dtype, tuple[int, ...]]
@@ -221,7 +221,7 @@ def layer_tensors(name: str, spec: LayerSpec, recipe: StageRecipe, scale: torch.
 class PackedWeight:
     """A quantized linear in memory.
 
-    `codes`: one tensor [padded_out, padded_in / 8] per stage, int16 or uint8; `scale_in` [K] and `scale_out`
+    `codes`: one tensor [padded_out, padded_in / 8] per stage, of its codebook's dtype; `scale_in` [K] and `scale_out`
     [N], float16 or float32; `bias` [N] or None.
     """
 
@@ -255,7 +255,7 @@ class PackedWeight:
     def validate(self, name: str = "") -> None:
         """Check dtypes, shapes and finiteness. Raises CheckpointError naming the tensor of layer `name`.
 
-        Codes need no check of their values: every bit pattern is the number of a point in both codebooks.
+        Codes need no check of their values: every bit pattern is the number of a point in every codebook.
         """
         if self.scale_in.dtype not in (torch.float16, torch.float32):
             raise CheckpointError(f"{name}.scale_in: expected one of {SCALE_DTYPES}, came {self.scale_in.dtype}")
