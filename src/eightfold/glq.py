@@ -68,7 +68,7 @@ def quant_config(
         for name, (spec, recipe) in found.items()
     }
     said = {key: value for key, value in section.items() if key != "layer_bpw"}
-    return QuantConfig(specs, recipes, scale_dtype="float32", provenance={"converted_from": said})
+    return QuantConfig(specs, recipes, scale_dtype="float32", provenance={"glq": said})
 
 
 def quantized_layers(section: Mapping[str, Any], tensors: Mapping[str, TensorCode]) -> dict[str, dict[str, TensorCode]]:

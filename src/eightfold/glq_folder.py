@@ -96,10 +96,13 @@ class GlqFolder(ModelFolder):
 def open_folder(source: str | Path, zero_biases: bool = False) -> ModelFolder:
     """A model folder, or a GLQ one as eightfold sees it. Raises CheckpointError as either does."""
     path = local_folder(source)
+    return GlqFolder(path, zero_biases=zero_biases) if is_glq(path) else ModelFolder(path)
+
+
+def is_glq(path: Path) -> bool:
+    """Whether the config.json of a folder says GLQ. Raises CheckpointError where that cannot be read."""
     section = read_config(path).get("quantization_config")
-    if isinstance(section, dict) and section.get("quant_method") == glq.QUANT_METHOD:
-        return GlqFolder(path, zero_biases=zero_biases)
-    return ModelFolder(path)
+    return isinstance(section, dict) and section.get("quant_method") == glq.QUANT_METHOD
 
 
 def _check_base(base: ModelFolder, folder: GlqFolder, quantized: list[str]) -> None:

@@ -73,7 +73,7 @@ class EightfoldQuantizer(HfQuantizer):
         return model
 
     def _prepare(self, model: PreTrainedModel, files: Sequence[str]) -> set[str]:
-        """Put the quantized modules in place and check their tensors in `files`; names of all tensors that will come."""
+        """Put the quantized modules in place and check their tensors in `files`. Names of all tensors that come."""
         config = self.quantization_config.quant
         modules = replace_linears(model, config)
         _check_files(config, modules, files)
@@ -121,7 +121,7 @@ def replace_linears(model: PreTrainedModel, config: QuantConfig) -> dict[str, st
 
 
 def bare_prefix(model: PreTrainedModel) -> str:
-    """What names in the checkpoint have in front of those in `model`: "model." for the bare base of AutoModel, or ""."""
+    """What names in the checkpoint have before those in `model`: "model." for the bare base of AutoModel, or ""."""
     return "" if hasattr(model, model.base_model_prefix) else f"{model.base_model_prefix}."
 
 

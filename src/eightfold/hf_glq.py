@@ -24,7 +24,6 @@ from eightfold.checkpoint import AUTO_MAP
 from eightfold.format import MAX_STAGES, QUANT_METHOD, CheckpointError, QuantConfig, code_names
 from eightfold.glq_tensors import code_leaf, ratio_leaf, sources, unpack
 from eightfold.hf import EightfoldConfig, EightfoldQuantizer, bare_prefix, check_finite, replace_linears
-from eightfold.linear import QuantLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
