@@ -4,7 +4,7 @@ Up to 16 tokens: matvec, which reads the codes once; quantize_input before it, u
 token). Up to MOST_MATVEC: the same for every 16. More: the weight is decoded to float16, at most DENSE_BYTES of it at a
 time, and cuBLAS multiplies. Everything is queued on the current stream; memory comes from PyTorch's pool. Within 1-4,
 5-8 and 9-16 tokens (the last of every 16 too) a token's result does not depend on the others; above MOST_MATVEC that is
-cuBLAS's affair.
+cuBLAS's affair. Stages of E8 shells have no matvec: for them the weight is always decoded.
 """
 
 from __future__ import annotations
@@ -37,11 +37,13 @@ from eightfold.cuda.plan import (
     pack_borders,
     pack_runs,
     runs,
+    stages_of,
     variant,
 )
 
 _LOG = logging.getLogger("eightfold")
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # as common.cuh numbers them
+CODES = {torch.int16: 0, torch.uint8: 1, torch.uint16: 2, torch.int8: 3}  # as plan.stages_of numbers codebooks
 MOST_MATVEC = 48  # tokens up to which several launches of matvec beat decoding the weight for cuBLAS
 DENSE_BYTES = 64 << 20  # of float16 weights decoded at once
 _THREADS = 512  # of the rotation kernels
@@ -49,9 +51,12 @@ _BUFFER = 6144  # coordinates of a chunk that fit the shared memory every device
 
 
 class Weight:
-    """What the kernels need of a packed weight: its tensors and their shapes. E81B stages come last.
+    """What the kernels need of a packed weight: its tensors and their shapes.
 
-    `codes`: as the file has them, [N, K / 8], or each as `tile` makes them."""
+    `codes`: as the file has them, [N, K / 8], or each as `tile` makes them. `points`: for stages of E8 shells, one
+    tensor, twice the table: int8 [65536, 8]."""
+
+    points: tuple[Tensor, ...] = ()
 
     def __init__(
         self,
@@ -68,7 +73,7 @@ class Weight:
         rows, columns = codes[0].shape[:2]
         self.tiled = codes[0].dim() == 4
         self.padded_out, self.padded_in = (16 * rows, 64 * columns) if self.tiled else (rows, 8 * columns)
-        self.stages = Stages(*(sum(c.dtype == dtype for c in codes) for dtype in (torch.int16, torch.uint8)))
+        self.stages = stages_of(tuple(CODES[c.dtype] for c in codes))
 
     @property
     def aligned(self) -> bool:
@@ -133,7 +138,7 @@ def _takes(
 ) -> bool:
     try:
         check(stages, rows, in_blocks, out_blocks)
-        for tiles in (1, 2, 4):  # aligned or not, the plan is the same
+        for tiles in () if stages.shells else (1, 2, 4):  # aligned or not, the plan is the same
             chosen = variant(stages, tiles, _copies(device), True, large)
             make_plan(in_blocks, rows, chosen, sm_count(device), max_shared(device))
     except UnsupportedLayoutError as error:
@@ -146,7 +151,7 @@ def prepare(weight: Weight) -> None:
     """Compile and load what `linear` can need for this weight, so that no call does, and wait until the weight is
     there. Raises KernelError."""
     device = _index(weight.codes[0].device)
-    for tiles in (1, 2, 4):
+    for tiles in () if weight.stages.shells else (1, 2, 4):
         chosen = _variant(weight, tiles, device)
         _matvec(chosen, device)
         _rotate("quantize_input", _shared_buffer(_plan(weight, chosen, device).buffer, device), device)
@@ -164,7 +169,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     tokens = len(x)
     y = x.new_empty(tokens, len(weight.scale_out))
     with torch.cuda.device(x.device):
-        if tokens > MOST_MATVEC:
+        if tokens > MOST_MATVEC or (weight.stages.shells and tokens):
             _dense(x, weight, bias, y)
         else:
             for at in range(0, tokens, MATVEC_TOKENS):
@@ -247,8 +252,8 @@ def _dense(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
     for row in range(0, weight.padded_out, rows):
         piece = dense[: min(rows, weight.padded_out - row)]
         params = struct.pack(
-            f"<{weight.stages.count + 2}Q3I3i",
-            *(c.data_ptr() for c in weight.codes), weight.ratios.data_ptr(), piece.data_ptr(),
+            f"<{weight.stages.count + len(weight.points) + 2}Q3I3i",
+            *(t.data_ptr() for t in (*weight.codes, weight.ratios, *weight.points, piece)),
             *weight.strides, row, len(piece), columns,
         )  # fmt: skip
         across = -(-columns // 256)
@@ -391,4 +396,5 @@ def _rotate(name: str, shared: int, device: int) -> Kernel:
 
 
 def _dequantize(stages: Stages, device: int) -> Kernel:
-    return load("dequantize.cu", "dequantize", device, **stages.defines)
+    file, name = ("shell.cu", "dequantize_shell") if stages.shells else ("dequantize.cu", "dequantize")
+    return load(file, name, device, **stages.defines)
