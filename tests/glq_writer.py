@@ -10,6 +10,8 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -109,33 +111,31 @@ def linear(
 def _usual(kinds: list[str]) -> list[float]:
     step = {"pp": 3.45, "pb": 2.04, "FF": 3.0, "FS": 2.0}
     scales = [1.0]
-    for pair in zip(kinds, kinds[1:], strict=False):
+    for pair in pairwise(kinds):
         scales.append(scales[-1] / step["".join(pair)])
     return scales
 
 
 def _tiles(codes: np.ndarray) -> np.ndarray:
-    """uint16 [M, N/8] → uint64 words [M/16, N/64, 8, 4], word by word, bit by bit."""
-    M, groups = codes.shape
-    words = np.zeros((M // 16, groups // 8, 8, 4), np.uint64)
-    for I, J, p, q in np.ndindex(words.shape):
-        word = 0
-        for i in range(4):
-            code = int(codes[16 * I + 2 * p + i % 2, 8 * J + 2 * q + i // 2])
-            word |= (code >> 8) << 8 * i
-            for j in range(8):
-                word |= (code >> j & 1) << 32 + 4 * j + i
-        words[I, J, p, q] = word
+    """uint16 [M, N/8] → uint64 words [M/16, N/64, 8, 4], bit by bit."""
+    I, J, p, q = np.ogrid[: codes.shape[0] // 16, : codes.shape[1] // 8, :8, :4]
+    words = np.zeros(np.broadcast_shapes(I.shape, J.shape, p.shape, q.shape), np.uint64)
+    for i in range(4):
+        code = codes[16 * I + 2 * p + i % 2, 8 * J + 2 * q + i // 2].astype(np.uint64)
+        words |= (code >> 8) << 8 * i
+        for j in range(8):
+            words |= (code >> j & 1) << 32 + 4 * j + i
     return words
 
 
+@cache
 def _hadamard(size: int) -> np.ndarray:
     """Block diagonal, the powers of two in `size`, the largest first."""
     H, start = np.zeros((size, size)), 0
     for k in reversed(range(size.bit_length())):
         if size >> k & 1:
             n = 1 << k
-            parity = [[(i & j).bit_count() & 1 for j in range(n)] for i in range(n)]
-            H[start : start + n, start : start + n] = (1 - 2 * np.array(parity)) / n**0.5
+            parity = np.bitwise_count(np.arange(n)[:, None] & np.arange(n)) & 1
+            H[start : start + n, start : start + n] = (1 - 2.0 * parity) / n**0.5
             start += n
     return H

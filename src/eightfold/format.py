@@ -145,9 +145,7 @@ class QuantConfig:
                 raise CheckpointError(f"recipes.{bits}: its stages make {recipe.bits} bits a weight")
         if odd := {spec.bits for spec in self.layers.values()} ^ set(self.recipes):
             raise CheckpointError(f"recipes: expected one for each bits in use, {sorted(odd)} do not match")
-        for name, spec in self.layers.items():
-            if spec.ratios is not None and self.recipe(name) == self.recipes[spec.bits]:
-                raise CheckpointError(f"layers.{name}.ratios: expected others than the recipe's, or no such field")
+        _each("layers", {name: name for name, spec in self.layers.items() if spec.ratios is not None}, self.recipe)
         _layer_names(self.layers)
 
     def to_dict(self) -> dict[str, Any]:

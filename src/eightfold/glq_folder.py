@@ -35,9 +35,9 @@ class GlqFolder(ModelFolder):
     def _configuration(self, section: Any) -> QuantConfig:
         if not isinstance(section, dict) or section.get("quant_method") != glq.QUANT_METHOD:
             raise CheckpointError(f"{self.path}: expected a GLQ checkpoint (quant_method 'glq')")
-        glq.check_codebook_file(self.path, section)
         codes = {name: (info.dtype, info.shape) for name, info in self.stored.items()}
         config = glq.quant_config(section, codes, self._read_stored, self._linears(section, codes))
+        glq.check_codebook_file(self.path, section)
         self.tensors = {k: v for k, v in self.stored.items() if k.rpartition(".")[0] not in config.layers}
         for layer in config.layers:
             for name, (dtype, shape) in config.tensors(layer).items():

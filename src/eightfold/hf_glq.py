@@ -56,7 +56,6 @@ class GlqQuantizer(EightfoldQuantizer):
         if prefix:
             listed = {k: v for k, v in section.get("layer_bpw", {}).items() if k.startswith(prefix)}
             section = section | {"layer_bpw": listed}
-        glq.check_codebook_file(Path(files[0]).parent, section)
         self._zeros = _lost_biases(model, prefix, glq.quantized_layers(section, inside))
         if not glq.accepts_zero_biases(section):
             glq.check_biases(self._zeros)
@@ -68,6 +67,7 @@ class GlqQuantizer(EightfoldQuantizer):
             if isinstance(module, torch.nn.Linear)
         }
         self._quant = glq.quant_config(section, inside, shards.read, linears)
+        glq.check_codebook_file(Path(files[0]).parent, section)
         replace_linears(model, self._quant)
         _check_values(self._quant, shards)
         return set(shards.tensors) | {key for name in self._quant.layers for key in self._quant.tensors(name)}
