@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 import zipfile
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from glq_writer import Recipe, write_glq
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from eightfold.checkpoint import read_packed
+from eightfold.checkpoint import Workspace, read_packed
 from eightfold.convert import to_eightfold, to_glq
 from eightfold.e8p import codebook
 from eightfold.folder import ModelFolder
@@ -223,6 +224,50 @@ def test_ratios_of_one_rate_may_differ(model_folder, tmp_path):
         assert_dense(ModelFolder(again), dense)
         assert torch.equal(logits(load(again)), logits(model))
     assert_same_tensors(tmp_path / "glq", to_glq(made, tmp_path / "back").path)
+
+
+def test_one_tensor_in_memory_at_a_time(llama, tmp_path, monkeypatch):
+    alive: list[weakref.ref] = []
+    most = 0
+
+    def read(self, name, device="cpu"):
+        nonlocal most
+        most = max(most, sum(tensor() is not None for tensor in alive))
+        tensor = original(self, name, device)
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    original = GlqFolder.read
+    monkeypatch.setattr(GlqFolder, "read", read)
+    to_eightfold(llama, tmp_path / "out")
+    assert len(alive) > 50
+    assert most <= 1
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_conversion_that_fails_leaves_nothing(llama, tmp_path, monkeypatch, error):
+    original = GlqFolder.read
+
+    def read(self, name, device="cpu"):
+        if "layers.1" in name:
+            raise error
+        return original(self, name, device)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GlqFolder, "read", read)
+        with pytest.raises(error):
+            to_eightfold(llama, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    to_eightfold(llama, tmp_path / "out")
+
+
+def test_a_conversion_does_not_touch_unfinished_work(llama, tmp_path):
+    """What an interrupted quantization left under the same name stays."""
+    with Workspace(tmp_path / "out", {"other": 1}) as workspace:
+        workspace.save_layer(0, {"x": torch.ones(1)}, {})
+    with pytest.raises(CheckpointError, match="was begun with other inputs or settings"):
+        to_eightfold(llama, tmp_path / "out")
+    assert (tmp_path / "out.partial" / "layers" / "00000.safetensors").exists()
 
 
 @pytest.fixture(scope="module")

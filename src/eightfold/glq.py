@@ -19,7 +19,7 @@ from torch import Tensor
 
 from eightfold.e8p import codebook as points_of
 from eightfold.files import TensorCode
-from eightfold.format import BITS, CheckpointError, LayerSpec, QuantConfig, StageRecipe, check_same
+from eightfold.format import BITS, MAX_STAGES, CheckpointError, LayerSpec, QuantConfig, StageRecipe, check_same
 from eightfold.glq_tensors import CODEBOOKS, code_leaf, codebook_of, expected, ratio_leaf, stages
 from eightfold.rotation import IN_FLOOR, OUT_FLOOR
 
@@ -27,7 +27,6 @@ QUANT_METHOD = "glq"
 CODEBOOK_FILE = "e8_codebook.pt"
 ZERO_BIAS = "float16"  # dtype of biases that stand in for those that GLQ dropped
 _LEAF = re.compile(r"(?P<name>.+)\.(Qidxs[2-4]?(_e8p|_e81b)?|SU|SV|Wscale|inv_resid_scale[23]?)")
-_STAGE = re.compile(r"Qidxs(?P<stage>[2-4]?)(_e8p|_e81b)?|inv_resid_scale(?P<ratio>[23]?)")
 
 Read = Callable[[str], Tensor]
 
@@ -190,17 +189,11 @@ def _layer(
 
 def _without_empty_stages(name: str, count: int, leaves: Mapping[str, TensorCode], read: Read) -> dict[str, TensorCode]:
     """The tensors but for stages beyond the `count` first whose ratio is 0: GLQ fills up a model's stages so."""
-    empty = set()
-    for k in range(count, 4):
-        key = f"{name}.{ratio_leaf(k)}"
-        if ratio_leaf(k) in leaves and leaves[ratio_leaf(k)] == ("F32", ()) and float(read(key)) == 0:
-            empty.add(k)
-    kept = {}
-    for leaf, code in leaves.items():
-        match = _STAGE.fullmatch(leaf)
-        k = 0 if match is None else int(match["ratio"] or 1) if match["stage"] is None else int(match["stage"] or 1) - 1
-        if k not in empty:
-            kept[leaf] = code
+    kept = dict(leaves)
+    for k in range(count, MAX_STAGES):
+        if leaves.get(ratio_leaf(k)) == ("F32", ()) and float(read(f"{name}.{ratio_leaf(k)}")) == 0:
+            for leaf in (ratio_leaf(k), *(code_leaf(k, stage) for stage in ("e8p", "e81b", "e8shell"))):
+                kept.pop(leaf, None)
     return kept
 
 

@@ -75,7 +75,7 @@ def unpack(name: str, key: str, spec: LayerSpec, recipe: StageRecipe, parts: Map
     points of an odd bit do not have.
     """
     if key == "scale_in":
-        return _checked_signs(f"{name}.SV", parts["SV"])[: spec.in_features].float()
+        return _checked_signs(f"{name}.SV", parts["SV"])[: spec.in_features].to(torch.float32, copy=True)
     if key == "scale_out":
         scale = parts["Wscale"]
         if not bool(torch.isfinite(scale)) or float(scale) < 0:
