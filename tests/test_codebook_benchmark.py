@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from eightfold.rvq import FAMILIES
 
@@ -28,6 +29,7 @@ def run(monkeypatch, *arguments: str) -> None:
 
 
 def test_a_rehearsal_measures_both_and_keeps_no_times(monkeypatch, capsys, kept):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(codebooks, "limits", lambda device: [{"case": "limit", "impl": "copy", "gb_per_s": 1.0}])
     run(monkeypatch, "--times", "--shapes", "96x192", "--pool-gib", "1e-6", "--bits", "2", "3")
     lines = [line for line in capsys.readouterr().out.splitlines() if "96 × 192" in line]
