@@ -83,6 +83,15 @@ def test_wider_scale_vectors_are_stored_and_counted(run, source, tmp_path, small
     assert stored["float32"] > stored["float16"] > 4
 
 
+def test_the_codebook_changes_the_recipe_and_no_sizes(run, source, tmp_path, small):
+    plans = {}
+    for codebook in ("e8p", "e8shell"):
+        settings = ("--bits", 3, *small, "--codebook", codebook, "--dry-run", "--json")
+        plans[codebook] = json.loads(run("quantize", source, tmp_path / "q", *settings)[1])["plan"]
+        assert plans[codebook]["codebook"] == codebook
+    assert plans["e8p"]["stored_bits"] == plans["e8shell"]["stored_bits"]
+
+
 def test_failed_gate(run, source, tmp_path, small):
     out = tmp_path / "q"
     settings = ("--exclude", "*.mlp.*", "--tp-max", 1, "--max-ratio", "0.5")

@@ -199,6 +199,9 @@ def test_quantize_write_read_verify(bits: int, tmp_path: Path, model_folder) -> 
         outcome.path, dtype=torch.float32, device_map=disk, offload_folder=tmp_path / "offload"
     )
     assert torch.allclose(offloaded(x).logits, model(x).logits, atol=1e-4)
+    model.save_pretrained(tmp_path / "saved")
+    saved = read_packed(ModelFolder(tmp_path / "saved"), name)
+    assert all(torch.equal(a, b) for a, b in zip(saved.codes, read.codes, strict=True))
 
 
 def test_unknown_family_is_refused(tmp_path: Path, model_folder) -> None:

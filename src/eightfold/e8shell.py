@@ -102,14 +102,12 @@ def _listed() -> Tensor:
             rows = rows[rows.square().sum(1) <= 48]
         found.append(rows[rows.sum(1) % 4 == 0])
     doubled = torch.cat(found)
-    z = [doubled[:, 7]]
-    shift = doubled[:, 7]
-    above = torch.zeros_like(shift)
+    last = doubled[:, 7]
+    z, above = [last], torch.zeros_like(last)
     for i in range(6, -1, -1):
-        above = (doubled[:, i] - shift) // 2 + above
-        z.append(above // 2 if i == 0 else above)
-    key = sum(place + 64 << 7 * i for i, place in enumerate(reversed(z)))
-    assert isinstance(key, Tensor)
+        above = (doubled[:, i] - last) // 2 + above
+        z.append(above if i else above // 2)
+    key = ((torch.stack(z, 1) + 64) * 128 ** torch.arange(7, -1, -1)).sum(1)
     return doubled[key.argsort()]
 
 

@@ -83,6 +83,7 @@ class Plan:
             "out": self.request.out,
             "bits": self.request.bits,
             "stored_bits": self.stored_bits,
+            "codebook": self.request.settings.codebook,
             "layout": self.request.layout,
             "tp_max": self.config.tp_max,
             "quantized": list(self.config.layers),
