@@ -1,7 +1,7 @@
 """What a GLQ checkpoint says of itself, as eightfold's configuration: from its config.json, the headers of its
 safetensors files and the few scalars that are its ratios. docs/glq.md.
 
-Nothing here knows a model or a loader: the shapes of the linears come in. The layout of a linear is that of its own
+Nothing here knows a loader: the model's linears come in. The layout of a linear is that of its own
 code tensor, whatever its neighbours or the configuration have; its e8_codebook.pt is never unpickled.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from eightfold.e8p import codebook as points_of
 from eightfold.files import TensorCode
@@ -92,14 +92,26 @@ def quantized_layers(section: Mapping[str, Any], tensors: Mapping[str, TensorCod
     return layers
 
 
-def check_biases(names: Iterable[str]) -> None:
-    """Raise CheckpointError if there are `names`, of linears whose biases GLQ dropped and nobody restores."""
-    if lost := sorted(names):
+def linears(
+    modules: Mapping[str, nn.Linear],
+    layers: Mapping[str, Mapping[str, TensorCode]],
+    zero_biases: bool,
+    base: Callable[[str], str] | None = None,
+) -> dict[str, Linear]:
+    """A model's linears, `modules` by name, with the biases that those of `layers` (`quantized_layers`) will have.
+
+    GLQ drops them: `base` tells the dtype of the original's by the linear's name, or `zero_biases` accepts that there
+    are none. Raises CheckpointError if neither is so and the model has some.
+    """
+    lost = [n for n, own in layers.items() if n in modules and modules[n].bias is not None and "bias" not in own]
+    if lost and base is None and not zero_biases:
         raise CheckpointError(
             f"{lost[0]}: the model has a bias here, GLQ dropped it ({len(lost)} such): restore them from the original "
             f'with `eightfold convert --base MODEL`, or accept zeros (--zero-biases, or "biases": "zero" in '
             f"quantization_config)"
         )
+    biases = {name: ZERO_BIAS if base is None else base(name) for name in lost}
+    return {name: Linear(m.out_features, m.in_features, biases.get(name)) for name, m in modules.items()}
 
 
 def accepts_zero_biases(section: Mapping[str, Any]) -> bool:

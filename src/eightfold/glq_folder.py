@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from eightfold import glq
-from eightfold.files import nbytes
+from eightfold.files import TensorCode, nbytes
 from eightfold.folder import ModelFolder, TensorInfo, local_folder, read_config
 from eightfold.format import DTYPE_CODES, CheckpointError, QuantConfig
 from eightfold.glq_tensors import expected, sources, unpack
@@ -74,23 +74,20 @@ class GlqFolder(ModelFolder):
             return self._base.read(f"{layer}.bias")
         return torch.zeros(size, dtype=getattr(torch, dtype))
 
-    def _linears(self, section: Mapping[str, Any], codes: Mapping[str, Any]) -> dict[str, glq.Linear]:
+    def _linears(self, section: Mapping[str, Any], codes: Mapping[str, TensorCode]) -> dict[str, glq.Linear]:
         """Every linear of the model; the quantized ones with the biases that they will have."""
-        linears = {
+        modules = {
             name: module
             for name, module in skeleton(self.config, torch.float32).named_modules()
             if isinstance(module, nn.Linear)
         }
-        quantized = glq.quantized_layers(section, codes)
-        lost = [n for n in quantized if n in linears and linears[n].bias is not None and f"{n}.bias" not in codes]
-        biases: dict[str, str] = {}
-        if self._base is not None:
-            _check_base(self._base, self, list(quantized))
-            biases = {name: _base_bias(self._base, name, linears[name].out_features) for name in lost}
-        elif self._zero or glq.accepts_zero_biases(section):
-            biases = dict.fromkeys(lost, glq.ZERO_BIAS)
-        glq.check_biases(set(lost) - set(biases))
-        return {n: glq.Linear(m.out_features, m.in_features, biases.get(n)) for n, m in linears.items()}
+        layers = glq.quantized_layers(section, codes)
+        zero = glq.accepts_zero_biases(section) or self._zero
+        base = self._base
+        if base is None:
+            return glq.linears(modules, layers, zero)
+        _check_base(base, self, list(layers))
+        return glq.linears(modules, layers, zero, lambda name: _base_bias(base, name, modules[name].out_features))
 
 
 def open_folder(source: str | Path, zero_biases: bool = False) -> ModelFolder:

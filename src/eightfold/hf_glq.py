@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -53,20 +53,15 @@ class GlqQuantizer(EightfoldQuantizer):
         shards = _Shards(files)
         prefix = bare_prefix(model)
         inside = {name: code for name, code in shards.tensors.items() if name.startswith(prefix)}
-        if prefix:
-            listed = {k: v for k, v in section.get("layer_bpw", {}).items() if k.startswith(prefix)}
-            section = section | {"layer_bpw": listed}
-        self._zeros = _lost_biases(model, prefix, glq.quantized_layers(section, inside))
-        if not glq.accepts_zero_biases(section):
-            glq.check_biases(self._zeros)
-        linears = {
-            prefix + name: glq.Linear(
-                module.out_features, module.in_features, glq.ZERO_BIAS if prefix + name in self._zeros else None
-            )
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear)
-        }
+        listed = section.get("layer_bpw")
+        if prefix and isinstance(listed, dict):
+            section = section | {"layer_bpw": {name: bits for name, bits in listed.items() if name.startswith(prefix)}}
+        modules = {prefix + n: module for n, module in model.named_modules() if isinstance(module, nn.Linear)}
+        layers = glq.quantized_layers(section, inside)
+        linears = glq.linears(modules, layers, glq.accepts_zero_biases(section))
         self._quant = glq.quant_config(section, inside, shards.read, linears)
+        biased = {name for name, spec in self._quant.layers.items() if spec.bias is not None}
+        self._zeros = frozenset(name for name in biased if f"{name}.bias" not in inside)
         glq.check_codebook_file(Path(files[0]).parent, section)
         replace_linears(model, self._quant)
         _check_values(self._quant, shards)
@@ -79,9 +74,8 @@ class GlqQuantizer(EightfoldQuantizer):
         leaves["scale_in"] = ["SV"]
         # The ratios are in the modules already; this way they are no unexpected tensors.
         leaves["scale_out"] = ["SU", "Wscale", *(ratio_leaf(k) for k in range(1, MAX_STAGES))]
-        zeros = frozenset(self._zeros)
         return [
-            WeightConverter([rf"\.{leaf}$" for leaf in own], f".{key}", [_Unpack(key, zeros)])
+            WeightConverter([rf"\.{leaf}$" for leaf in own], f".{key}", [_Unpack(key, self._zeros)])
             for key, own in leaves.items()
         ]
 
@@ -138,16 +132,6 @@ class _Shards:
 
     def read(self, name: str) -> Tensor:
         return self._owners[name].get_tensor(name)
-
-
-def _lost_biases(model: PreTrainedModel, prefix: str, layers: dict[str, Any]) -> set[str]:
-    """Quantized layers, by name in the checkpoint, where the model has a bias and the files have none."""
-    modules = {prefix + name: module for name, module in model.named_modules()}
-    return {
-        name
-        for name, leaves in layers.items()
-        if getattr(modules.get(name), "bias", None) is not None and "bias" not in leaves
-    }
 
 
 def _check_values(config: QuantConfig, shards: _Shards) -> None:
