@@ -32,14 +32,23 @@ class UnsupportedLayoutError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """How many stages of either codebook a recipe has; E81B comes last, at most once."""
+    """How many stages of each codebook a recipe has; whether those of E8P or e8shell come first and those of E81B or
+    e8shell256 last. Kernels take at most one of E81B, and no mixture of shells with others."""
 
     e8p: int
     e81b: int
+    shell: int = 0
+    shell256: int = 0
+    in_order: bool = True
 
     @property
     def count(self) -> int:
-        return self.e8p + self.e81b
+        return self.e8p + self.e81b + self.shells
+
+    @property
+    def shells(self) -> int:
+        """Stages of E8 shells, which only the dense product takes."""
+        return self.shell + self.shell256
 
     @property
     def tile_bytes(self) -> int:
@@ -49,12 +58,20 @@ class Stages:
     @property
     def defines(self) -> dict[str, int]:
         """Macros of the kernels that decode."""
+        if self.shells:
+            return {"SHELL_STAGES": self.shell, "SHELL256_STAGES": self.shell256}
         return {"E8P_STAGES": self.e8p, "E81B_STAGES": self.e81b}
 
 
 def table_bytes(stages: Stages, copies: int) -> int:
     """Shared memory up to the end of so many copies of the decode tables, as decode.cuh lays it out."""
     return 1024 + (2 + stages.e81b) * 1024 * copies
+
+
+@cache
+def stages_of(order: tuple[int, ...]) -> Stages:
+    """From a number for each stage: 0 for E8P, 1 for E81B, 2 for e8shell, 3 for e8shell256."""
+    return Stages(*map(order.count, range(4)), in_order=order == tuple(sorted(order)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +267,9 @@ def runs(blocks: Sequence[int]) -> list[tuple[int, int, int]]:
 
 def check(stages: Stages, rows: int, in_blocks: tuple[int, ...], out_blocks: tuple[int, ...]) -> None:
     """Raise UnsupportedLayoutError for what no kernel takes."""
-    if not 1 <= stages.e8p <= 4 or stages.e81b > 1:
+    if not stages.in_order or (stages.shells and stages.e8p + stages.e81b):
+        raise UnsupportedLayoutError(f"expected E8P and then E81B, or e8shell and then e8shell256, got {stages}")
+    if not stages.shells and (not 1 <= stages.e8p <= 4 or stages.e81b > 1):
         raise UnsupportedLayoutError(f"expected 1 to 4 stages of E8P and at most one of E81B, got {stages}")
     columns = runs(in_blocks)[-1][1]
     if max(rows, columns) > MAX_FEATURES:
