@@ -337,7 +337,7 @@ def make_plan(blocks: tuple[int, ...], rows: int, variant: Variant, tokens: int,
         if size > limit:
             continue
         chunks = _chunks(slices, blocks)
-        cost = _cost(variant, waves * resident, share, units, count) + (len(chunks) <= count)
+        cost = _cost(variant, waves * resident, share, units, count, tokens) + (len(chunks) <= count)
         if resident < variant.ctas:
             cost = 1.2 * cost - 1.4  # fewer warps, but the next launch can start beside this one
         alone = len(chunks) == len(slices) and max(blocks[::2]) <= UNIT
@@ -352,10 +352,10 @@ def make_plan(blocks: tuple[int, ...], rows: int, variant: Variant, tokens: int,
     return best[1]
 
 
-def _cost(variant: Variant, ctas: int, tiles: int, units: int, slices: int) -> float:
+def _cost(variant: Variant, ctas: int, tiles: int, units: int, slices: int, tokens: int) -> float:
     """About the microseconds that a multiprocessor takes for so many CTAs: for their units of weights, for rotating
     their slices, for the slices that a block adds up. From measurements on an H200; only comparisons matter."""
-    busy = ctas * units * (0.025 * variant.stages.count * tiles + 0.02)
+    busy = ctas * units * (0.025 * variant.stages.count * tiles + 0.01 + 0.01 * tokens)
     return busy + 0.15 * slices
 
 
