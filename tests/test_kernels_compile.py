@@ -6,12 +6,13 @@ import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 import pytest
 
 from eightfold.cuda import compiler
 from eightfold.cuda.compiler import ARCHITECTURES, KERNELS, KernelError, compile_source, read_source
-from eightfold.cuda.plan import GEMM_TOKENS, Stages, gemm_variant, variants
+from eightfold.cuda.plan import FEW_ROWS, GEMM_TOKENS, Stages, gemm_variant, variants
 
 # Of the tables in matvec, as `eightfold.cuda.linear` decides by the shared memory of these devices.
 COPIES = {80: 32, 86: 1, 89: 1, 90: 32, 100: 32, 103: 32, 120: 1}
@@ -37,7 +38,9 @@ def builds(arch: int) -> Iterator[tuple[str, dict[str, int]]]:
     yield "encode.cu", {}
     yield from (("dequantize.cu", stages.defines) for stages in RECIPES)
     for stages in RECIPES:
-        yield from (("gemm.cu", gemm_variant(stages, tokens, SHARED[arch]).defines) for tokens in GEMM_TOKENS)
+        for tokens, rows in product(GEMM_TOKENS, (FEW_ROWS, FEW_ROWS + 1)):
+            if rows > FEW_ROWS or tokens < GEMM_TOKENS[-1]:  # where the rows make a difference
+                yield "gemm.cu", gemm_variant(stages, tokens, SHARED[arch], rows).defines
     yield from (("matvec.cu", chosen.defines) for chosen in variants(COPIES[arch]))
 
 
