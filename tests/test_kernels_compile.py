@@ -6,12 +6,13 @@ import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 import pytest
 
 from eightfold.cuda import compiler
 from eightfold.cuda.compiler import ARCHITECTURES, KERNELS, KernelError, compile_source, read_source
-from eightfold.cuda.plan import GEMM_TOKENS, Stages, gemm_variant, variants
+from eightfold.cuda.plan import FEW_ROWS, GEMM_TOKENS, Stages, gemm_variant, variants
 
 # Bytes of shared memory that a CTA can have on the devices of an architecture.
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
@@ -38,7 +39,9 @@ def builds(arch: int) -> Iterator[tuple[str, dict[str, int]]]:
     yield from (("dequantize.cu", stages.defines) for stages in RECIPES)
     yield from (("shell.cu", stages.defines) for stages in SHELLS)
     for stages in RECIPES:
-        yield from (("gemm.cu", gemm_variant(stages, tokens, SHARED[arch]).defines) for tokens in GEMM_TOKENS)
+        for tokens, rows in product(GEMM_TOKENS, (FEW_ROWS, FEW_ROWS + 1)):
+            if rows > FEW_ROWS or tokens < GEMM_TOKENS[-1]:  # where the rows make a difference
+                yield "gemm.cu", gemm_variant(stages, tokens, SHARED[arch], rows).defines
     yield from (("matvec.cu", chosen.defines) for chosen in variants(SHARED[arch]))
 
 

@@ -26,6 +26,7 @@ from eightfold.cuda.compiler import KERNELS
 from eightfold.cuda.linear import MOST_GEMM, MOST_MATVEC
 from eightfold.cuda.plan import (
     ALONE_TOKENS,
+    FEW_ROWS,
     GEMM_TOKENS,
     MATVEC_TOKENS,
     MAX_RUNS,
@@ -573,6 +574,7 @@ def test_gemm_variants(shared):
             assert chosen.copies == 1 or shared > 160 * 1024
             assert chosen.tiles % 2 == 0
             assert all(macro in macros for macro in chosen.defines)
+            assert gemm_variant(Stages(e8p, e81b), tokens, shared, FEW_ROWS).warps == 8
             # float32 sums of a thread, among its registers
             assert chosen.tiles * chosen.tokens // 2 <= 65536 // (32 * chosen.warps * chosen.ctas) - 60
     with pytest.raises(UnsupportedLayoutError, match="bytes of shared memory, got 20000"):
@@ -847,7 +849,7 @@ def test_tokens_that_a_tile_holds_decode_once(gpu, tokens, tiled, bias, bits):
     y = host.linear(x, weight, packed.bias)
     assert gpu.names() == ["rotate_input", "gemm", "rotate_output"]
     first, launch, last = gpu.launches
-    chosen = gemm_variant(weight.stages, tokens, gpu.shared)
+    chosen = gemm_variant(weight.stages, tokens, gpu.shared, 208)
     assert (launch.defines, launch.shared) == (chosen.defines, chosen.shared_bytes)
     tiles = -(-tokens // chosen.tokens)
     ctas, slices = share_steps(chosen, 208, 960, tiles, gpu.processors)

@@ -21,6 +21,7 @@ MATVEC_TOKENS = 16  # most tokens of one launch of matvec
 ALONE_TOKENS = 8  # most tokens that matvec rotates by itself; from two on, four UNITs a warp
 GEMM_TOKENS = (32, 64, 128)  # of a tile of gemm
 GEMM_COLUMNS = 64  # of one of its steps
+FEW_ROWS = 6144  # up to which its CTAs have fewer
 RESERVED = 1024  # bytes of shared memory that CUDA keeps of every CTA
 MANY_COPIES = 160 << 10  # bytes of shared memory from which the decode tables have a copy for every lane
 TWO_CTAS = 224 << 10  # and from which two CTAs with such tables share a multiprocessor
@@ -182,23 +183,24 @@ class Gemm:
 
     @property
     def slot_bytes(self) -> int:
-        """Of one step: activations, and codes."""
+        """Of one step: activations, codes, and two barriers."""
         codes = 256 * self.stages.e8p + 128 * self.stages.e81b
-        return 2 * GEMM_COLUMNS * self.tokens + self.tiles * self.warps * codes
+        return 2 * GEMM_COLUMNS * self.tokens + self.tiles * self.warps * codes + 16
 
     @property
     def shared_bytes(self) -> int:
         return table_bytes(self.stages, self.copies) + self.depth * self.slot_bytes
 
 
-def gemm_variant(stages: Stages, tokens: int, shared: int) -> Gemm:
-    """The gemm for so many tokens where a CTA can have `shared` bytes: as many warps as find their registers without
-    spilling, tables for every lane if that leaves room for three steps."""
+def gemm_variant(stages: Stages, tokens: int, shared: int, rows: int = MAX_FEATURES) -> Gemm:
+    """The gemm for so many tokens and rows where a CTA can have `shared` bytes: as many warps as find their registers
+    without spilling, fewer for few rows, whose tiles fewer CTAs then share; tables for every lane if that leaves room
+    for three steps."""
     tile = next((tile for tile in GEMM_TOKENS if tokens <= tile), GEMM_TOKENS[-1])
-    warps = 8 if tile == 128 else 12 if tile == 64 or stages.count > 3 else 16
+    warps = 8 if tile == 128 or rows <= FEW_ROWS else 12 if tile == 64 or stages.count > 3 else 16
     for copies, least in ((32, 3), (1, 2)):
         one = Gemm(stages, tile, 2, warps, 1, 1, copies)
-        depth = min(6, (shared - table_bytes(stages, copies)) // one.slot_bytes)
+        depth = min(8, (shared - table_bytes(stages, copies)) // one.slot_bytes)
         if depth >= least:
             return replace(one, depth=depth)
     raise UnsupportedLayoutError(f"expected {one.shared_bytes + one.slot_bytes} bytes of shared memory, got {shared}")
@@ -212,8 +214,8 @@ def share_steps(chosen: Gemm, rows: int, columns: int, token_tiles: int, process
     most = min(tiles * steps, max(1, processors * chosen.ctas // token_tiles))
     # Some end with row tiles: fewer slices. All there can be have the least to do each.
     numbers = {most, *range(tiles, most + 1, tiles), *(n for n in range(1, min(tiles, most) + 1) if tiles % n == 0)}
-    step = chosen.warps * chosen.tiles * max(0.0005 * chosen.tokens, 0.004 + 0.008 * chosen.stages.count)
-    add = 0.1 + 8e-6 / 3 * rows * chosen.tokens * token_tiles
+    step = chosen.warps * chosen.tiles * (0.012 + 0.008 * chosen.stages.count + 0.0003 * chosen.tokens)
+    add = 0.05 + 4e-6 / 3 * rows * chosen.tokens * token_tiles
 
     def cost(ctas: int) -> float:  # about the microseconds
         return -(-tiles * steps // ctas) * step + _slices(tiles, steps, ctas) * add
