@@ -197,7 +197,7 @@ def gemm_variant(stages: Stages, tokens: int, shared: int, rows: int = MAX_FEATU
     without spilling, fewer for few rows, whose tiles fewer CTAs then share; tables for every lane if that leaves room
     for three steps."""
     tile = next((tile for tile in GEMM_TOKENS if tokens <= tile), GEMM_TOKENS[-1])
-    warps = 8 if tile == 128 or rows <= FEW_ROWS else 12 if tile == 64 or stages.count > 3 else 16
+    warps = 8 if tile > 32 or rows <= FEW_ROWS else 12 if stages.count > 3 else 16
     for copies, least in ((32, 3), (1, 2)):
         one = Gemm(stages, tile, 2, warps, 1, 1, copies)
         depth = min(8, (shared - table_bytes(stages, copies)) // one.slot_bytes)
@@ -217,8 +217,9 @@ def share_steps(chosen: Gemm, rows: int, columns: int, token_tiles: int, process
     step = chosen.warps * chosen.tiles * (0.012 + 0.008 * chosen.stages.count + 0.0003 * chosen.tokens)
     add = 0.05 + 4e-6 / 3 * rows * chosen.tokens * token_tiles
 
-    def cost(ctas: int) -> float:  # about the microseconds
-        return -(-tiles * steps // ctas) * step + _slices(tiles, steps, ctas) * add
+    def cost(ctas: int) -> float:  # about the microseconds; a CTA that goes on to another row tile stores twice
+        turn = 2.5 if ctas % tiles and tiles % ctas else 0.0
+        return -(-tiles * steps // ctas) * step + _slices(tiles, steps, ctas) * add + turn
 
     best = min(sorted(numbers), key=cost)
     return best, _slices(tiles, steps, best)

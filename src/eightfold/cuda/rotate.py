@@ -50,8 +50,9 @@ def rotate_input(x: Tensor, side: Side, rotated: Tensor, divisors: Tensor, strea
         ctas = min(tokens, 4 * sm_count(device))
         _launch_wide("rotate_wide_input", rows, side, rotated, divisors.data_ptr(), (0, padded), (ctas, 1), stream)
         return
-    # As many warps as there are segments where tokens leave processors free.
-    warps = min(_MOST_WARPS, count if tokens <= sm_count(device) else -(-count // _ITEMS))
+    # As few segments for a warp as 16 warps allow, where tokens leave processors free.
+    items = min(_ITEMS, -(-count // 16)) if tokens <= sm_count(device) else _ITEMS
+    warps = min(_MOST_WARPS, -(-count // items))
     ctas = min(tokens, sm_count(device) * max(1, _WARPS_AT_ONCE // warps))
     params = _params(rows, side, rotated, divisors.data_ptr(), (0, padded))
     kernel("rotate_input", 0, device).launch((ctas, 1, 1), 32 * warps, params, stream, side.overlap)

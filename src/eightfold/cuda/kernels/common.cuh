@@ -95,14 +95,26 @@ __device__ __forceinline__ Raw8 load8_raw(const void* p, long long i, long long 
   return {make_uint4(w[0], w[1], w[2], w[3]), make_uint4(w[4], w[5], w[6], w[7])};
 }
 __device__ __forceinline__ void convert8(float (&v)[8], const Raw8& raw, int dtype) {
-  if (dtype != FLOAT32) return unpack8(v, raw.first, dtype);
-  const u32 w[8] = {raw.first.x, raw.first.y, raw.first.z, raw.first.w,
-                    raw.second.x, raw.second.y, raw.second.z, raw.second.w};
-#pragma unroll
-  for (int k = 0; k < 8; ++k) v[k] = __uint_as_float(w[k]);
+  if (dtype == FLOAT32) {
+    v[0] = __uint_as_float(raw.first.x), v[1] = __uint_as_float(raw.first.y);
+    v[2] = __uint_as_float(raw.first.z), v[3] = __uint_as_float(raw.first.w);
+    v[4] = __uint_as_float(raw.second.x), v[5] = __uint_as_float(raw.second.y);
+    v[6] = __uint_as_float(raw.second.z), v[7] = __uint_as_float(raw.second.w);
+  } else {
+    unpack8(v, raw.first, dtype);
+  }
 }
 __device__ __forceinline__ void load8(float (&v)[8], const void* p, long long i, long long end, int dtype) {
-  convert8(v, load8_raw(p, i, end, dtype), dtype);
+  const char* at = static_cast<const char*>(p) + (i << (dtype == FLOAT32 ? 2 : 1));
+  if (dtype == FLOAT32 && i + 8 <= end && (reinterpret_cast<u64>(at) & 15) == 0) {
+    const float4 a = reinterpret_cast<const float4*>(at)[0], b = reinterpret_cast<const float4*>(at)[1];
+    v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
+  } else if (dtype != FLOAT32 && i + 8 <= end && (reinterpret_cast<u64>(at) & 15) == 0) {
+    unpack8(v, *reinterpret_cast<const uint4*>(at), dtype);
+  } else {
+#pragma unroll
+    for (int k = 0; k < 8; ++k) v[k] = i + k < end ? load_as_float(p, i + k, dtype) : 0.f;
+  }
 }
 __device__ __forceinline__ void store8(void* p, long long i, long long end, int dtype, const float (&v)[8]) {
   char* at = static_cast<char*>(p) + (i << (dtype == FLOAT32 ? 2 : 1));
