@@ -184,10 +184,10 @@ def _cublas(N: int, K: int, dtype: torch.dtype, device: torch.device) -> Call:
     return lambda x: functional.linear(x, weight)
 
 
-def _eightfold(N: int, K: int, bits: int, dtype: torch.dtype, device: torch.device) -> Call:
-    """An eightfold linear of random codes, ready to run."""
+def _eightfold(family: str, N: int, K: int, bits: int, dtype: torch.dtype, device: torch.device) -> Call:
+    """An eightfold linear of random codes of a codebook (rvq.FAMILIES), ready to run."""
     spec = LayerSpec(N, K, bits, layout_blocks(N, LAYOUT, OUT_FLOOR), layout_blocks(K, LAYOUT, IN_FLOOR), None)
-    stages = recipe(bits)
+    stages = recipe(bits, family)
     rows = (spec.padded_out, spec.padded_in // 8)
     codes = tuple(random_bits(rows, stage, device) for stage in stages.code_dtypes)
     scales = random_scales(K, 1.0, device), random_scales(N, 1 / 64, device)
@@ -195,9 +195,9 @@ def _eightfold(N: int, K: int, bits: int, dtype: torch.dtype, device: torch.devi
 
 
 def make(impl: str, N: int, K: int, bits: int, dtype: torch.dtype, device: torch.device) -> Call:
-    """One layer of `impl` with random weights."""
-    if impl == "eightfold":
-        return _eightfold(N, K, bits, dtype, device)
+    """One layer of `impl` with random weights; "e8shell" is eightfold with that codebook."""
+    if impl in ("eightfold", "e8shell"):
+        return _eightfold("e8p" if impl == "eightfold" else impl, N, K, bits, dtype, device)
     return _cublas(N, K, dtype, device) if impl == "cublas" else peer(impl, N, K, bits, device)
 
 

@@ -53,6 +53,7 @@ def measure(request: Request) -> dict[str, Any]:
         "model": Path(request.model).name,
         "bits": request.bits,
         "layout": request.layout,
+        "codebook": request.settings.codebook,
         "tp_max": plan.config.tp_max,
         "stored_bits": plan.stored_bits,
         **outcome.verdict.evaluation.to_dict(),
@@ -77,26 +78,36 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     Console(width=150, file=sys.stdout).print(table)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What every comparison of quality can be told."""
     parser.add_argument("--calibration")
     parser.add_argument("--text")
     parser.add_argument("--bits", type=int, nargs="*", default=[2, 3, 4])
-    parser.add_argument("--layouts", nargs="*", default=list(LAYOUTS), help="compared at --layout-bits")
-    parser.add_argument("--layout-bits", type=int, nargs="*", default=[2])
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=100_000)
     parser.add_argument("--device", default="auto")
+
+
+def base_request(args: argparse.Namespace, settings: Settings) -> Request:
+    """The request that the options say, in float32, without a gate; 2 bits."""
+    return Request(
+        args.model, "", 2, args.calibration, args.samples, args.seqlen, args.device, "float32", tp_max=1,
+        eval_text=args.text, eval_windows=args.windows, max_ratio=100.0, settings=settings,
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    add_options(parser)
+    parser.add_argument("--layouts", nargs="*", default=list(LAYOUTS), help="compared at --layout-bits")
+    parser.add_argument("--layout-bits", type=int, nargs="*", default=[2])
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE")
     args = parser.parse_args()
 
     changes = {name: ast.literal_eval(value) for name, _, value in (item.partition("=") for item in args.set)}
-    base = Request(
-        args.model, "", 2, args.calibration, args.samples, args.seqlen, args.device, "float32", tp_max=1,
-        eval_text=args.text, eval_windows=args.windows, max_ratio=100.0, settings=replace(Settings(), **changes),
-    )  # fmt: skip
+    base = base_request(args, replace(Settings(), **changes))
     jobs = [replace(base, bits=bits) for bits in args.bits]
     jobs += [
         replace(base, bits=bits, layout=layout)

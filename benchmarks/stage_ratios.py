@@ -1,6 +1,7 @@
 """Search the stage ratios of the recipes jointly with the input scale on the Gaussian source, and print what they give.
 
 python benchmarks/stage_ratios.py            SQNR of the recipes in rvq.py, appended to benchmarks/results
+python benchmarks/stage_ratios.py --codebook e8shell    the same for E8 shells
 python benchmarks/stage_ratios.py --search   coordinate descent from the present values first
 """
 
@@ -12,7 +13,7 @@ import math
 import torch
 from results import append
 
-from eightfold.rvq import RECIPES, SCALES, Residual
+from eightfold.rvq import FAMILIES, RECIPES, Residual
 
 REQUIRED_DB = {2: 10.38, 3: 15.26, 4: 20.82, 5: 25.8, 6: 31.1, 7: 35.8, 8: 41.0}
 
@@ -23,10 +24,9 @@ def sqnr_db(book: Residual, scale: float, x: torch.Tensor) -> float:
     return 10 * math.log10(float(x.square().sum(dtype=torch.float64) / noise))
 
 
-def search(bits: int, x: torch.Tensor) -> tuple[float, tuple[float, ...]]:
+def search(book: Residual, start: float, x: torch.Tensor) -> tuple[float, tuple[float, ...]]:
     """Best (scale, ratios) by coordinate descent with shrinking steps; a ratio moves alone or with all after it."""
-    book = RECIPES[bits]
-    point = [SCALES[bits], *book.ratios[1:]]
+    point = [start, *book.ratios[1:]]
 
     def value(p: list[float]) -> float:
         return sqnr_db(Residual(book.stages, (1.0, *p[1:])), p[0], x)
@@ -47,21 +47,23 @@ def search(bits: int, x: torch.Tensor) -> tuple[float, tuple[float, ...]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--search", action="store_true")
+    parser.add_argument("--codebook", choices=list(FAMILIES), default="e8p")
     parser.add_argument("--bits", type=int, nargs="*", default=list(RECIPES))
     parser.add_argument("--vectors", type=int, default=200_000)
     args = parser.parse_args()
     train, test = (
         torch.randn(n, 8, generator=torch.Generator().manual_seed(seed)) for n, seed in ((40_000, 1), (args.vectors, 2))
     )
+    recipes, scales = FAMILIES[args.codebook]
     rows = []
     for bits in args.bits:
-        scale, ratios = search(bits, train) if args.search else (SCALES[bits], RECIPES[bits].ratios)
-        value = sqnr_db(Residual(RECIPES[bits].stages, ratios), scale, test)
+        book = recipes[bits]
+        scale, ratios = search(book, scales[bits], train) if args.search else (scales[bits], book.ratios)
+        value = sqnr_db(Residual(book.stages, ratios), scale, test)
         rows.append({"bits": bits, "scale": scale, "ratios": ratios, "sqnr_db": round(value, 3)})
-        print(
-            f"{bits} bits  scale {scale:<7} ratios {ratios}  {value:.3f} dB  (required {REQUIRED_DB[bits]})", flush=True
-        )
-    append("stage_ratios", rows, searched=args.search, vectors=args.vectors)
+        required = f"  (required {REQUIRED_DB[bits]})" if args.codebook == "e8p" else ""
+        print(f"{bits} bits  scale {scale:<7} ratios {ratios}  {value:.3f} dB{required}", flush=True)
+    append("stage_ratios", rows, codebook=args.codebook, searched=args.search, vectors=args.vectors)
 
 
 if __name__ == "__main__":

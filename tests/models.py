@@ -75,6 +75,10 @@ def _phi3() -> PreTrainedConfig:  # q, k, v fused in one linear, gate and up in 
     return Phi3Config(**_BASE, **_shape(192, 360, 6, 2, 2), tie_word_embeddings=False)
 
 
+def _llama_biased() -> PreTrainedConfig:  # biases on all of attention; 200, 360 and 40 are no sums of large powers
+    return LlamaConfig(**_BASE, **_shape(200, 360, 5, 1, 2), attention_bias=True, tie_word_embeddings=True)
+
+
 _CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": _llama,
     "llama-tied": _llama_tied,
@@ -85,10 +89,11 @@ _CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "phi3": _phi3,
 }
 KINDS = tuple(_CONFIGS)
+_CONFIGS["llama-biased"] = _llama_biased  # not one of those that every test of all kinds takes
 
 
 def write_model(kind: str, folder: Path, seed: int = 0, *, max_shard_size: str = "5GB") -> Path:
-    """Write the model of `kind` (one of KINDS) with weights drawn from `seed` into `folder`; return `folder`.
+    """Write the model of `kind` (one of KINDS, or llama-biased), weights drawn from `seed`; return `folder`.
 
     Weights are bfloat16, but Mistral's float32 and Phi-3's float16. A small `max_shard_size` gives several
     shards and an index.

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from eightfold.checkpoint import SHARD_BYTES, Workspace, assemble, publish
-from eightfold.e8p import codebook
 from eightfold.folder import ModelFolder
-from eightfold.format import LayerSpec, PackedWeight, QuantConfig, StageRecipe
+from eightfold.format import LayerSpec, PackedWeight, QuantConfig
+from eightfold.quantize import recipe
 from eightfold.rotation import layout_blocks
-from eightfold.rvq import RECIPES
 
 DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 LINEARS = (
@@ -29,25 +28,21 @@ LINEARS = (
 )
 
 
-def recipe(bits: int) -> StageRecipe:
-    return StageRecipe(RECIPES[bits].stages, RECIPES[bits].ratios)
-
-
 def spec(out_features: int, in_features: int, bits: int, bias: str | None = None, rotate_out: bool = True) -> LayerSpec:
     out_blocks = layout_blocks(out_features, "pow2-sum", 16) if rotate_out else (1,) * out_features
     return LayerSpec(out_features, in_features, bits, out_blocks, layout_blocks(in_features, "pow2-sum", 64), bias)
 
 
-def random_packed(layer: LayerSpec, seed: int = 0, scale: torch.dtype = torch.float16) -> PackedWeight:
+def random_packed(
+    layer: LayerSpec, seed: int = 0, scale: torch.dtype = torch.float16, family: str = "e8p"
+) -> PackedWeight:
     """A layer of random codes whose weights are of about the usual size."""
     rng = torch.Generator().manual_seed(seed)
-    stages = recipe(layer.bits)
+    stages = recipe(layer.bits, family)
     rows = (layer.padded_out, layer.padded_in // 8)
     codes = []
-    for stage in stages.stages:
-        bits = codebook(stage).bits
-        numbers = torch.randint(0, 1 << bits, rows, generator=rng)
-        codes.append(numbers.to(torch.uint8) if bits == 8 else numbers.to(torch.int16))
+    for book in stages.codebooks:
+        codes.append(torch.randint(0, 1 << book.bits, rows, generator=rng).to(book.dtype))
 
     def vector(size: int, about: float) -> torch.Tensor:
         signs = torch.randint(0, 2, (size,), generator=rng) * 2 - 1

@@ -7,6 +7,9 @@ from contextlib import redirect_stdout
 from io import StringIO
 
 import pytest
+import torch
+from glq_writer import Recipe, write_glq
+from safetensors.torch import load_file
 from transformers.utils import logging
 
 import eightfold
@@ -78,6 +81,15 @@ def test_wider_scale_vectors_are_stored_and_counted(run, source, tmp_path, small
         settings = ("--bits", 4, *small, "--scale-dtype", dtype, "--dry-run", "--json")
         stored[dtype] = json.loads(run("quantize", source, tmp_path / "q", *settings)[1])["plan"]["stored_bits"]
     assert stored["float32"] > stored["float16"] > 4
+
+
+def test_the_codebook_changes_the_recipe_and_no_sizes(run, source, tmp_path, small):
+    plans = {}
+    for codebook in ("e8p", "e8shell"):
+        settings = ("--bits", 3, *small, "--codebook", codebook, "--dry-run", "--json")
+        plans[codebook] = json.loads(run("quantize", source, tmp_path / "q", *settings)[1])["plan"]
+        assert plans[codebook]["codebook"] == codebook
+    assert plans["e8p"]["stored_bits"] == plans["e8shell"]["stored_bits"]
 
 
 def test_failed_gate(run, source, tmp_path, small):
@@ -309,3 +321,74 @@ def test_bundled_model_is_planned(run, tmp_path, small):
     status, out, _ = run("quantize", bundled.tiny_lm(), tmp_path / "q", "--bits", 2, "--dry-run", "--json", *small)
     assert status == 0
     assert 2.1 < json.loads(out)["plan"]["stored_bits"] < 2.15
+
+
+# --- GLQ --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def glq(source, tmp_path_factory):
+    """A GLQ checkpoint of a model with biases, which it lacks."""
+    folder = tmp_path_factory.mktemp("glq") / "glq"
+    write_glq(source, folder, Recipe(bits=(2, 3)))
+    return folder
+
+
+def test_convert(run, glq, source, tmp_path):
+    out, back = tmp_path / "out", tmp_path / "back"
+    status, text, err = run("convert", glq, out)
+    assert status == 1
+    assert "GLQ dropped it" in err
+    assert "--zero-biases" in err
+    status, text, _ = run("convert", glq, out, "--base", source, "--shard-size", "300kB", "--json")
+    content = json.loads(text)
+    assert (status, content["status"], content["path"], content["layers"]) == (0, "done", str(out), 14)
+    assert len(list(out.glob("model-*.safetensors"))) > 1
+    assert run("verify", out)[0] == 0
+    status, _, err = run("convert", out, back, "--to", "glq")
+    assert status == 1
+    assert "expected no bias or zeros" in err
+    assert run("convert", glq, out, "--zero-biases", "--no-resume")[0] == 0  # replaces what we wrote
+    assert run("convert", out, back, "--to", "glq")[0] == 0
+    came, again = load_file(glq / "model.safetensors"), load_file(back / "model.safetensors")
+    assert came.keys() == again.keys()
+    assert all(torch.equal(came[name], again[name]) for name in came)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "out"]
+    for command, sentence in (
+        (("convert", glq, back, "--zero-biases"), "so it is not replaced"),
+        (("convert", glq, tmp_path / "x", "--to", "glq"), "it is a GLQ one already"),
+        (("convert", out, tmp_path / "x", "--to", "glq", "--zero-biases"), "leave them out with --to glq"),
+        (("convert", out, tmp_path / "x"), "expected a GLQ checkpoint"),
+        (("convert", source, tmp_path / "x", "--to", "glq"), "expected an eightfold checkpoint"),
+        (("quantize", glq, tmp_path / "x", "--bits", 2), "give the folder of the original model"),
+    ):
+        status, _, err = run(*command)
+        assert status == 1
+        assert sentence in err
+    assert not (tmp_path / "x").exists()
+
+
+def test_inspect_and_verify_of_a_glq_checkpoint(run, glq, model_folder, tmp_path):
+    status, out, _ = run("inspect", glq, "--json")
+    content = json.loads(out)
+    total = content["total"]
+    assert (status, total["linears"]) == (0, 14)
+    assert total["bytes_predicted"] == total["bytes_measured"] > 0
+    assert (
+        total["other_bytes"] + total["bytes_measured"]
+        < total["file_bytes"]
+        == (glq / "model.safetensors").stat().st_size
+    )
+    assert content["provenance"]["glq"]["codebook"] == "e8p"
+    status, out, err = run("verify", glq)
+    assert status == 1
+    assert "GLQ dropped it" in err
+    unbiased = tmp_path / "unbiased"
+    write_glq(model_folder("llama"), unbiased, Recipe("e8_shell", bits=(3,)))
+    status, out, err = run("verify", unbiased, "--json")
+    content = json.loads(out)
+    assert (status, content["passed"], content["layers"]) == (0, True, 21)
+    assert "has no hashes" in content["notes"][0]
+    text = tmp_path / "text.txt"
+    text.write_text("Some words that stand for a text. " * 40)
+    assert run("eval", unbiased, "--text", text, "--seqlen", 32)[0] == 0

@@ -1,4 +1,4 @@
-"""E8P and E81B: their points against the published check sums, and `encode` against brute force over all points."""
+"""All codebooks: their points against the published check sums, and `encode` against brute force over all points."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from plain import rotation_matrix
 from safetensors.torch import load_file
 from torch import Tensor
 
+from eightfold import codebook as codebooks
 from eightfold import e8p
+from eightfold.codebook import Codebook
 from eightfold.e8p import codebook, pattern_words
 
 E8P, E81B = codebook("e8p"), codebook("e81b")
-BOTH = pytest.mark.parametrize("book", [E8P, E81B], ids=lambda b: b.name)
+ALL = pytest.mark.parametrize("book", [E8P, E81B, codebook("e8shell"), codebook("e8shell256")], ids=lambda b: b.name)
 
 
 def gaussian(count: int, scale: float = 1.0, seed: int = 0) -> Tensor:
@@ -35,7 +37,7 @@ def least_distances(x: Tensor, points: Tensor) -> Tensor:
     return torch.cat(result)
 
 
-def assert_nearest(book: e8p.Codebook, x: Tensor) -> None:
+def assert_nearest(book: Codebook, x: Tensor) -> None:
     """The codes of x are those of the nearest points; at a tie in float32, of one of the nearest."""
     points = book.points()
     found = (x.double() - points[numbers(book, book.encode(x))].double()).square().sum(1)
@@ -44,7 +46,7 @@ def assert_nearest(book: e8p.Codebook, x: Tensor) -> None:
     assert bool((found - best <= 2e-6 * (1 + x.double().abs().sum(1))).all())
 
 
-def numbers(book: e8p.Codebook, codes: Tensor) -> Tensor:
+def numbers(book: Codebook, codes: Tensor) -> Tensor:
     """Codes as numbers of points."""
     assert codes.dtype == book.dtype
     return codes.long() & ((1 << book.bits) - 1)
@@ -70,8 +72,8 @@ def test_named_points() -> None:
         assert torch.equal(E81B.points()[row], point)
 
 
-@BOTH
-def test_points_are_distinct_and_codes_of_themselves(book: e8p.Codebook) -> None:
+@ALL
+def test_points_are_distinct_and_codes_of_themselves(book: Codebook) -> None:
     points = book.points()
     assert points.shape == (1 << book.bits, 8)
     assert points.dtype == torch.float32
@@ -81,14 +83,14 @@ def test_points_are_distinct_and_codes_of_themselves(book: e8p.Codebook) -> None
     assert torch.equal(book.decode(codes), points)
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("scale", [0.03, 0.5, 1.0, 1.7, 4.0])
-def test_encode_is_exact_on_gaussian_inputs(book: e8p.Codebook, scale: float) -> None:
+def test_encode_is_exact_on_gaussian_inputs(book: Codebook, scale: float) -> None:
     assert_nearest(book, gaussian(1500, scale))
 
 
-@BOTH
-def test_encode_is_exact_near_the_borders_of_cells(book: e8p.Codebook) -> None:
+@ALL
+def test_encode_is_exact_near_the_borders_of_cells(book: Codebook) -> None:
     # Midpoints of a point and one of its neighbours: on the border of the two, if it is one.
     points = book.points()
     some = points[torch.randperm(len(points), generator=torch.Generator().manual_seed(1))[:192]]
@@ -101,24 +103,24 @@ def test_encode_is_exact_near_the_borders_of_cells(book: e8p.Codebook) -> None:
         assert_nearest(book, middles + gaussian(len(middles), noise))
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("scale", [30.0, 1000.0, 100_000.0])
-def test_encode_is_exact_for_far_outliers(book: e8p.Codebook, scale: float) -> None:
+def test_encode_is_exact_for_far_outliers(book: Codebook, scale: float) -> None:
     assert_nearest(book, gaussian(500, scale))
     spikes = gaussian(500)
     spikes[torch.arange(500), torch.arange(500) % 8] *= scale
     assert_nearest(book, spikes)
 
 
-@BOTH
-def test_encode_is_exact_where_coordinates_are_equal_or_zero(book: e8p.Codebook) -> None:
+@ALL
+def test_encode_is_exact_where_coordinates_are_equal_or_zero(book: Codebook) -> None:
     grid = torch.cartesian_prod(*[torch.tensor([-1.0, 0.0, 0.5])] * 4)  # 81 quarters, every tie there is
     assert_nearest(book, torch.cat([grid.repeat(1, 2), grid.repeat_interleave(2, 1), torch.zeros(1, 8)]))
     assert_nearest(book, torch.linspace(-4, 4, 200)[:, None].expand(200, 8))
 
 
-@BOTH
-def test_shapes(book: e8p.Codebook) -> None:
+@ALL
+def test_shapes(book: Codebook) -> None:
     x = gaussian(30)
     codes = book.encode(x)
     assert torch.equal(book.encode(x.reshape(2, 3, 5, 8)), codes.reshape(2, 3, 5))
@@ -136,7 +138,7 @@ def test_encode_works_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, candidates = E8P.encode(x), E8P.candidates(x)
     sizes = []
     nearest = e8p.E8P._nearest
-    monkeypatch.setattr(e8p, "_ENCODE_ROWS", 96)
+    monkeypatch.setattr(codebooks, "_ENCODE_ROWS", 96)
     monkeypatch.setattr(e8p.E8P, "_nearest", lambda self, part: sizes.append(len(part)) or nearest(self, part))
     assert torch.equal(E8P.encode(x), whole)
     assert torch.equal(E8P.candidates(x), candidates)

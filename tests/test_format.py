@@ -121,7 +121,10 @@ BAD = [
     (set_at(f"layers/{A}/bias", "int8"), rf"{A}: bias"),
     (set_at(f"layers/{A}/bits", 9), rf"{A}: bits"),
     (set_at(f"layers/{A}/bits", 2.5), rf"{A}: bits"),
-    (set_at(f"layers/{A}/bits", 4), "recipes"),
+    (set_at(f"layers/{A}/bits", 6), "recipes"),
+    (set_at(f"layers/{A}/ratios", None), rf"{A}: ratios: expected a list"),
+    (set_at(f"layers/{A}/ratios", [1.0]), rf"{A}: ratios: expected 3 positive numbers"),
+    (set_at(f"layers/{A}/ratios", [0.5, 0.5, 0.5]), rf"{A}: ratios: expected 3 positive numbers, 1 first"),
     (set_at(f"layers/{A}/out_features", 0), rf"{A}: out_features"),
     (set_at(f"layers/{A}/in_features", 73.0), rf"{A}: in_features"),
     (set_at(f"layers/{A}/out_blocks", [[16, 1]]), rf"{A}: out_blocks"),  # holds 16 of 20
@@ -139,7 +142,7 @@ BAD = [
     (set_at("layers/model.layers.0", {}), "model.layers.0"),
     (set_at("recipes/9", {"stages": ["e8p"], "ratios": [1.0]}), "recipes"),
     (set_at("recipes/02", {"stages": ["e8p"], "ratios": [1.0]}), "recipes"),
-    (set_at("recipes/4", {"stages": ["e8p", "e8p"], "ratios": [1.0, 0.3]}), "recipes"),  # nobody's
+    (set_at("recipes/6", {"stages": ["e8p"] * 3, "ratios": [1.0, 0.3, 0.1]}), "recipes"),  # nobody's
     (set_at("recipes/2/stages", ["e8p", "e8p"]), "recipes.2: ratios"),
     (set_at("recipes/2/stages", ["trellis"]), "recipes.2: stages"),
     (set_at("recipes/2/stages", []), "recipes.2: stages"),
@@ -159,6 +162,15 @@ def test_bad_config_is_refused_by_name(section, change, names):
     change(section)
     with pytest.raises(CheckpointError, match=names):
         QuantConfig.from_dict(section)
+
+
+def test_a_layer_may_have_ratios_of_its_own(section):
+    section["layers"][A]["ratios"] = [1, 0.25, 0.0625]
+    config = QuantConfig.from_dict(section)
+    assert config.recipe(A) == StageRecipe(("e8p", "e8p", "e81b"), (1.0, 0.25, 0.0625))
+    assert config.recipe(A) != config.recipes[5]
+    assert QuantConfig.from_dict(config.to_dict()) == config
+    assert config.to_dict()["layers"][A]["ratios"] == [1.0, 0.25, 0.0625]
 
 
 @pytest.mark.parametrize("section", [None, [], "eightfold", {}])

@@ -19,7 +19,7 @@ from eightfold.quantize import GroupStatistics, Settings, dequantize, quantize_g
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("name", ["e8p", "e81b"])
+@pytest.mark.parametrize("name", ["e8p", "e81b", "e8shell", "e8shell256"])
 @pytest.mark.parametrize("scale", [0.4, 1.0, 3.0])
 def test_encode_is_exact(name: str, scale: float) -> None:
     book = codebook(name)
@@ -33,7 +33,8 @@ def test_encode_is_exact(name: str, scale: float) -> None:
     assert torch.allclose(found, nearest, rtol=0, atol=1e-6)
 
 
-def test_quantizing_gives_the_losses_of_the_cpu() -> None:
+@pytest.mark.parametrize("family", ["e8p", "e8shell"])
+def test_quantizing_gives_the_losses_of_the_cpu(family: str) -> None:
     random = torch.Generator().manual_seed(0)
     x = torch.randn(2000, 200, generator=random) * torch.rand(200, generator=random)
     W = torch.randn(360, 200, generator=random) * 0.02
@@ -41,7 +42,7 @@ def test_quantizing_gives_the_losses_of_the_cpu() -> None:
     losses = {}
     for device in ("cpu", "cuda"):
         statistics = GroupStatistics((x.T @ x / len(x)).to(device))
-        found = quantize_group({"a": W.to(device)}, {}, {"a": spec}, statistics, Settings())["a"]
+        found = quantize_group({"a": W.to(device)}, {}, {"a": spec}, statistics, Settings(codebook=family))["a"]
         assert dequantize(found.packed).device.type == device
         losses[device] = found.proxy_loss
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.02)

@@ -6,16 +6,18 @@ import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 import pytest
 
 from eightfold.cuda import compiler
 from eightfold.cuda.compiler import ARCHITECTURES, KERNELS, KernelError, compile_source, read_source
-from eightfold.cuda.plan import GEMM_TOKENS, Stages, gemm_variant, variants
+from eightfold.cuda.plan import FEW_ROWS, GEMM_TOKENS, Stages, gemm_variant, variants
 
 # Bytes of shared memory that a CTA can have on the devices of an architecture.
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
 RECIPES = [Stages(e8p, e81b) for e8p in range(1, 5) for e81b in (0, 1) if e8p + e81b <= 4]
+SHELLS = [Stages(0, 0, shell, shell256) for shell in range(5) for shell256 in range(5) if 0 < shell + shell256 <= 4]
 
 every_arch = pytest.mark.parametrize("arch", ARCHITECTURES)
 
@@ -35,8 +37,11 @@ def builds(arch: int) -> Iterator[tuple[str, dict[str, int]]]:
     yield "rotate.cu", {}
     yield "encode.cu", {}
     yield from (("dequantize.cu", stages.defines) for stages in RECIPES)
+    yield from (("shell.cu", stages.defines) for stages in SHELLS)
     for stages in RECIPES:
-        yield from (("gemm.cu", gemm_variant(stages, tokens, SHARED[arch]).defines) for tokens in GEMM_TOKENS)
+        for tokens, rows in product(GEMM_TOKENS, (FEW_ROWS, FEW_ROWS + 1)):
+            if rows > FEW_ROWS or tokens < GEMM_TOKENS[-1]:  # where the rows make a difference
+                yield "gemm.cu", gemm_variant(stages, tokens, SHARED[arch], rows).defines
     yield from (("matvec.cu", chosen.defines) for chosen in variants(SHARED[arch]))
 
 
@@ -53,13 +58,14 @@ def test_nothing_is_left_out():
     assert all(map(entry_points, files))
 
 
+def build(arch: int, file: str, defines: dict[str, int]) -> None:
+    image = compile_source(read_source(file), file, arch, defines)
+    assert image.startswith(b"\x7fELF")
+    assert all(name.encode() + b"\0" in image for name in entry_points(file))
+
+
 @every_arch
 def test_every_kernel_compiles(arch):
-    def build(file: str, defines: dict[str, int]) -> None:
-        image = compile_source(read_source(file), file, arch, defines)
-        assert image.startswith(b"\x7fELF")
-        assert all(name.encode() + b"\0" in image for name in entry_points(file))
-
     with ThreadPoolExecutor(2) as pool:
-        for done in [pool.submit(build, *each) for each in builds(arch)]:
+        for done in [pool.submit(build, arch, *each) for each in builds(arch)]:
             done.result()

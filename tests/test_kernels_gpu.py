@@ -10,7 +10,7 @@ import torch
 from packing import random_packed
 
 from eightfold.e8p import codebook
-from eightfold.format import LayerSpec
+from eightfold.format import LayerSpec, PackedWeight, StageRecipe
 from eightfold.linear import QuantLinear
 from eightfold.rotation import IN_FLOOR, OUT_FLOOR, layout_blocks, rotate
 
@@ -22,16 +22,22 @@ SHAPES = [  # N, K
 
 
 def layer(
-    n: int, k: int, bits: int, layout: str = "pow2-sum-256", bias: str | None = None, shards: int = 1
+    n: int,
+    k: int,
+    bits: int,
+    layout: str = "pow2-sum-256",
+    bias: str | None = None,
+    shards: int = 1,
+    family: str = "e8p",
 ) -> QuantLinear:
     spec = LayerSpec(
         n, k, bits, layout_blocks(n, layout, OUT_FLOOR, shards), layout_blocks(k, layout, IN_FLOOR, shards), bias
     )
-    return blocks_layer(spec)
+    return blocks_layer(spec, family)
 
 
-def blocks_layer(spec: LayerSpec) -> QuantLinear:
-    return QuantLinear.from_packed(random_packed(spec).to("cuda"))
+def blocks_layer(spec: LayerSpec, family: str = "e8p") -> QuantLinear:
+    return QuantLinear.from_packed(random_packed(spec, family=family).to("cuda"))
 
 
 def exact(module: QuantLinear, x: torch.Tensor) -> torch.Tensor:
@@ -109,6 +115,49 @@ def test_layouts(tokens, in_blocks, out_blocks):
             sum(out_blocks) - (3 if sum(out_blocks) > 16 else 0), sum(in_blocks) - 5, bits, out_blocks, in_blocks
         )
         check(blocks_layer(spec), torch.randn(tokens, spec.in_features, device="cuda").half())
+
+
+@pytest.mark.parametrize(("n", "k"), [(16, 576), (200, 2560), (5376, 5376), (1000, 4096)])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_shells(n, k, bits):
+    module = layer(n, k, bits, bias="float16" if bits % 2 else None, family="e8shell")
+    for tokens in (1, 7, 48, 640, 2048):
+        check(module, torch.randn(tokens, k, device="cuda").half())
+    check(module, torch.randn(3, k, device="cuda").bfloat16())
+    check(module, torch.randn(3, k, device="cuda"))
+    assert module(torch.empty(0, k, device="cuda").half()).shape == (0, n)
+
+
+@pytest.mark.parametrize(
+    ("in_blocks", "out_blocks"), [((32, 8), (128, 64, 8)), ((64, 64, 64, 8), (4, 2, 1)), ((16,), (512,))]
+)
+def test_shells_in_layouts_of_glq(in_blocks, out_blocks):
+    module = blocks_layer(LayerSpec(sum(out_blocks), sum(in_blocks), 5, out_blocks, in_blocks), "e8shell")
+    for tokens in (48, 300):  # enough outputs for an error
+        check(module, torch.randn(tokens, sum(in_blocks), device="cuda").half())
+
+
+@pytest.mark.parametrize("tokens", [1, 100])
+def test_shells_in_a_graph(tokens):
+    module = layer(192, 576, 3, family="e8shell").prepare(torch.float16)
+    x = torch.randn(tokens, 576, device="cuda").half()
+    layer(192, 576, 2)(torch.randn(64, 576, device="cuda").half())  # cuBLAS wants its workspace before a capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = module(x)
+    graph.replay()
+    assert torch.equal(y, module(x))
+
+
+@pytest.mark.parametrize("stages", [("e81b", "e8p"), ("e8p", "e8shell"), ("e8shell256", "e8shell")])
+def test_mixed_stages_go_through_the_reference(stages):
+    packed = random_packed(LayerSpec(48, 192, sum(codebook(s).bits for s in stages) // 8, (32, 16), (128, 64)))
+    recipe = StageRecipe(stages, (1.0, 0.3))
+    codes = tuple(torch.randint(0, 1 << b.bits, (48, 24)).to(b.dtype) for b in recipe.codebooks)
+    mixed = PackedWeight(packed.spec, recipe, codes, packed.scale_in, packed.scale_out)
+    module, x = QuantLinear.from_packed(mixed.to("cuda")), torch.randn(3, 192, device="cuda").half()
+    expected = exact(module, x)
+    assert (module(x).double() - expected).norm() <= 1e-3 * expected.norm()
 
 
 def test_float32_goes_through_the_reference():

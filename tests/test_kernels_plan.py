@@ -26,6 +26,7 @@ from eightfold.cuda.compiler import KERNELS
 from eightfold.cuda.linear import MOST_FINISHED, MOST_GEMM, MOST_MATVEC
 from eightfold.cuda.plan import (
     ALONE_TOKENS,
+    FEW_ROWS,
     GEMM_TOKENS,
     MATVEC_TOKENS,
     MAX_RUNS,
@@ -95,6 +96,7 @@ STRUCTS = {
     "matvec": ("matvec.cu", "Params"),
     "gemm": ("gemm.cu", "Params"),
     "dequantize": ("dequantize.cu", "Params"),
+    "dequantize_shell": ("shell.cu", "Params"),
 }
 
 
@@ -126,7 +128,7 @@ class FakeGpu:
         if key not in self._kernels:
             assert shared <= self.shared
             self.loads.append(key)
-            stages = defines.get("E8P_STAGES", 0) + defines.get("E81B_STAGES", 0)
+            stages = sum(count for key, count in defines.items() if key.endswith("_STAGES"))
             kind = c_struct(*STRUCTS[name], stages)
             assert STRUCTS[name][0] == file
 
@@ -177,10 +179,10 @@ def gpu(monkeypatch):
         cached.cache_clear()
 
 
-def packed_for(n=200, k=960, bits=3, in_blocks=None, out_blocks=None, bias=None, scale=torch.float16):
+def packed_for(n=200, k=960, bits=3, in_blocks=None, out_blocks=None, bias=None, scale=torch.float16, family="e8p"):
     out_blocks = out_blocks or layout_blocks(n, "pow2-sum-256", 16)
     in_blocks = in_blocks or layout_blocks(k, "pow2-sum-256", 64)
-    return random_packed(LayerSpec(n, k, bits, out_blocks, in_blocks, bias), scale=scale)
+    return random_packed(LayerSpec(n, k, bits, out_blocks, in_blocks, bias), scale=scale, family=family)
 
 
 def weight_of(packed, tiled=False) -> Weight:
@@ -572,6 +574,7 @@ def test_gemm_variants(shared):
             assert chosen.copies == 1 or shared > 160 * 1024
             assert chosen.tiles % 2 == 0
             assert all(macro in macros for macro in chosen.defines)
+            assert gemm_variant(Stages(e8p, e81b), tokens, shared, FEW_ROWS).warps == 8
             # float32 sums of a thread, among its registers
             assert chosen.tiles * chosen.tokens // 2 <= 65536 // (32 * chosen.warps * chosen.ctas) - 60
     with pytest.raises(UnsupportedLayoutError, match="bytes of shared memory, got 20000"):
@@ -841,7 +844,7 @@ def test_tokens_that_a_tile_holds_decode_once(gpu, tokens, tiled, bias, bits):
     y = host.linear(x, weight, packed.bias)
     assert gpu.names() == ["rotate_input", "gemm", "rotate_output"]
     first, launch, last = gpu.launches
-    chosen = gemm_variant(weight.stages, tokens, gpu.shared)
+    chosen = gemm_variant(weight.stages, tokens, gpu.shared, 208)
     assert (launch.defines, launch.shared) == (chosen.defines, chosen.shared_bytes)
     tiles = -(-tokens // chosen.tokens)
     ctas, slices = share_steps(chosen, 208, 960, tiles, gpu.processors)
@@ -1040,8 +1043,42 @@ def test_butterfly_is_a_hadamard_transform(log):
     torch.testing.assert_close(y / 2 ** (log / 2), rotate(x, (1 << log,) * (256 >> log)))
 
 
-def test_no_tokens_are_no_launch(gpu):
-    y = host.linear(activations(0), weight_of(packed_for()), None)
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("tokens", [1, 16, 50])
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_shells_are_a_dense_product_for_any_number_of_tokens(gpu, monkeypatch, tiled, tokens, bits):
+    packed = packed_for(208, bits=bits, family="e8shell")
+    weight, x = weight_of(packed, tiled), activations(tokens)
+    table = torch.zeros(65536, 8, dtype=torch.int8)
+    weight.points = (table,)
+    assert host.takes(weight)
+    host.prepare(weight)
+    assert {key[1] for key in gpu.loads} == {"rotate_input", "rotate_output", "dequantize_shell"}
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: out)
+    assert host.linear(x, weight, None).shape == (tokens, 208)
+    assert gpu.names() == ["rotate_input", "dequantize_shell", "rotate_output"]
+    p, defines = gpu.launches[1].p, gpu.launches[1].defines
+    assert defines == {"SHELL_STAGES": bits // 2, "SHELL256_STAGES": bits % 2}
+    assert list(p.codes) == [address(c) for c in weight.codes]
+    assert (p.ratios, p.points) == (address(weight.ratios), address(table))
+    assert (p.row_stride, p.column_stride, p.tile_stride) == weight.strides
+    assert (p.row0, p.rows, p.columns) == (0, 208, 120)
+
+
+@pytest.mark.parametrize("dtypes", [
+    (torch.uint8, torch.int16), (torch.int8, torch.uint16), (torch.int16, torch.uint16), (torch.uint16, torch.uint8),
+])  # fmt: skip
+def test_mixed_and_disordered_stages_are_decoded_before_use(gpu, caplog, dtypes):
+    weight = weight_of(packed_for())
+    codes = [torch.zeros(208, 120, dtype=dtype) for dtype in dtypes]
+    mixed = Weight(codes, weight.ratios, weight.scale_in, weight.scale_out, weight.in_blocks, weight.out_blocks)
+    assert not host.takes(mixed)
+    assert "expected E8P and then E81B, or e8shell and then e8shell256" in caplog.text
+
+
+@pytest.mark.parametrize("family", ["e8p", "e8shell"])
+def test_no_tokens_are_no_launch(gpu, family):
+    y = host.linear(activations(0), weight_of(packed_for(family=family)), None)
     assert y.shape == (0, 200)
     assert not gpu.launches
 

@@ -29,3 +29,4 @@ __version__ = "0.1.0"
 def _register(_: ModuleType) -> None:
     """Register the format the moment transformers' table of quantizers exists, at once if it does already."""
     import_module("eightfold.hf")
+    import_module("eightfold.hf_glq")

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,6 +24,7 @@ from eightfold.files import (
     atomically,
     lock,
     measure,
+    natural,
     nbytes,
     read_json,
     sync,
@@ -33,7 +33,7 @@ from eightfold.files import (
     write_text,
 )
 from eightfold.folder import ModelFolder
-from eightfold.format import DTYPE_CODES, CheckpointError, PackedWeight, QuantConfig, check_same
+from eightfold.format import DTYPE_CODES, FORMAT_VERSION, CheckpointError, PackedWeight, QuantConfig, check_same
 
 MANIFEST = "eightfold.json"
 SHARD_BYTES = 5 * 10**9
@@ -209,10 +209,6 @@ def assemble(
     memory at a time. `texts`: further files (a model card) by name. Raises CheckpointError naming a tensor
     that is missing, too many, or not as `config` says.
     """
-    out = workspace.path / "out"
-    if out.exists():
-        shutil.rmtree(out)
-    out.mkdir()
     owners = _owners(workspace, config)
 
     def read(name: str) -> Tensor:
@@ -222,6 +218,25 @@ def assemble(
             return file.get_tensor(name)
 
     tensors = output_tensors(source, config)
+    every = {"config.json": to_json(config_json(source, config)), CONFIG_CODE_NAME: CONFIG_CODE, **(texts or {})}
+    return write_folder(workspace, source.path, tensors, read, every, shard_bytes)
+
+
+def write_folder(
+    workspace: Workspace,
+    source: Path,
+    tensors: Mapping[str, TensorCode],
+    read: Callable[[str], Tensor],
+    texts: Mapping[str, str],
+    shard_bytes: int = SHARD_BYTES,
+    manifest: bool = True,
+) -> Path:
+    """Make a checkpoint's folder in the workspace and return it: `tensors` one by one from `read`, the tokenizer and
+    the like from the folder `source`, `texts` by file name, and a manifest."""
+    out = workspace.path / "out"
+    if out.exists():
+        shutil.rmtree(out)
+    out.mkdir()
     shards = plan_shards(tensors, shard_bytes)
     for file, names in shards.items():
         with open(out / file, "wb") as stream:
@@ -232,18 +247,17 @@ def assemble(
             "weight_map": {name: file for file, names in shards.items() for name in names},
         }
         (out / "model.safetensors.index.json").write_text(to_json(index, sort_keys=True), encoding="utf-8")
-    (out / "config.json").write_text(to_json(config_json(source, config)), encoding="utf-8")
-    (out / CONFIG_CODE_NAME).write_text(CONFIG_CODE, encoding="utf-8")
-    for file in sorted({file for pattern in COPIED for file in source.path.glob(pattern) if file.is_file()}):
+    for file in sorted({file for pattern in COPIED for file in source.glob(pattern) if file.is_file()}):
         shutil.copyfile(file, out / file.name)
-    for name, text in (texts or {}).items():
+    for name, text in texts.items():
         (out / name).write_text(text, encoding="utf-8")
-    manifest = {
-        "format_version": config.format_version,
-        "files": {file.name: measure(file) for file in sorted(out.iterdir())},
-        "layers": [_without_volatile(record) for record in workspace.records()],
-    }
-    (out / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
+    if manifest:
+        content = {
+            "format_version": FORMAT_VERSION,
+            "files": {file.name: measure(file) for file in sorted(out.iterdir())},
+            "layers": [_without_volatile(record) for record in workspace.records()],
+        }
+        (out / MANIFEST).write_text(to_json(content), encoding="utf-8")
     for path in (*out.iterdir(), out, workspace.path):
         sync(path)
     return out
@@ -286,7 +300,7 @@ def output_tensors(source: ModelFolder, config: QuantConfig) -> dict[str, Tensor
             raise CheckpointError(f"{layer}.bias: expected {announced}, came {bias}")
     for layer in config.layers:
         tensors |= _codes(config, layer)
-    return {name: tensors[name] for name in sorted(tensors, key=_natural)}
+    return {name: tensors[name] for name in sorted(tensors, key=natural)}
 
 
 def plan_shards(tensors: Mapping[str, TensorCode], shard_bytes: int = SHARD_BYTES) -> dict[str, list[str]]:
@@ -325,9 +339,8 @@ def read_packed(folder: ModelFolder, name: str) -> PackedWeight:
     expected = _codes(config, name)
     prefix = f"{name}."
     check_same(expected, {key: (t.dtype, t.shape) for key, t in folder.tensors.items() if key.startswith(prefix)})
-    spec = config.layers[name]
     named = {key.removeprefix(prefix): folder.read(key) for key in expected}
-    packed = PackedWeight.from_tensors(spec, config.recipes[spec.bits], named)
+    packed = PackedWeight.from_tensors(config.layers[name], config.recipe(name), named)
     packed.validate(name)
     return packed
 
@@ -382,8 +395,3 @@ def _without_volatile(record: Any) -> Any:
     if isinstance(record, dict):
         return {key: _without_volatile(value) for key, value in record.items() if key not in VOLATILE}
     return record
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

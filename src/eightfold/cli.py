@@ -55,6 +55,7 @@ def _run(options: Namespace, terminal: Terminal) -> tuple[int, dict[str, Any]]:
     command = {
         "quantize": commands.run_quantize,
         "eval": commands.run_eval,
+        "convert": commands.run_convert,
         "inspect": commands.run_inspect,
         "verify": commands.run_verify,
         "demo": commands.run_demo_command,
@@ -95,10 +96,13 @@ def _parser() -> ArgumentParser:
 
     _add_quantize(commands.add_parser("quantize", parents=[every, runs], help="make a quantized copy of a model"))
     _add_eval(commands.add_parser("eval", parents=[every, runs], help="perplexity, and distance from another model"))
+    _add_convert(
+        commands.add_parser("convert", parents=[every], help="a GLQ checkpoint to eightfold's format, or back")
+    )
     inspect = commands.add_parser("inspect", parents=[every], help="sizes, layouts and losses of a checkpoint")
-    inspect.add_argument("dir", metavar="DIR", help="an eightfold checkpoint")
+    inspect.add_argument("dir", metavar="DIR", help="an eightfold or GLQ checkpoint")
     verify = commands.add_parser("verify", parents=[every], help="check a checkpoint's files, weights and loading")
-    verify.add_argument("dir", metavar="DIR", help="an eightfold checkpoint")
+    verify.add_argument("dir", metavar="DIR", help="an eightfold or GLQ checkpoint")
     verify.add_argument("--against", metavar="MODEL", help="the original model: compare weights with it")
     demo = commands.add_parser("demo", parents=[every], help="quantize the bundled model at 2, 3, 4 bits and report")
     demo.add_argument("--out", default="demo-report", metavar="DIR", help="folder of the report (default: %(default)s)")
@@ -119,6 +123,7 @@ def _add_quantize(parser: ArgumentParser) -> None:
     add("--samples", type=_count, default=128, metavar="N", help="windows of calibration text (default: %(default)s)")
     add("--seqlen", type=_count, default=2048, metavar="N", help="tokens of a window (default: %(default)s)")
     add("--seed", type=int, default=0, help="of windows and signs (default: %(default)s)")
+    add("--codebook", choices=("e8p", "e8shell"), default="e8p", help="e8shell: for comparison (default: %(default)s)")
     add("--layout", help="rotation blocks: pow2-sum-C, pow2-sum, equal-C, pow2 (default: pow2-sum-256)")
     add(
         "--scale-dtype",
@@ -134,6 +139,17 @@ def _add_quantize(parser: ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="say what it would take and give, and stop")
     add("--eval-text", metavar="PATH", help="held-out text for the gate (default: the bundled one)")
     add("--max-ratio", type=_positive, metavar="R", help="largest growth of perplexity that the gate passes")
+
+
+def _add_convert(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("source", metavar="DIR", help="the checkpoint to convert: a folder, or a model's id on the Hugging Face hub")
+    add("out", metavar="OUT", help="the folder to make")
+    add("--to", choices=("eightfold", "glq"), default="eightfold", help="format of OUT (default: %(default)s)")
+    add("--base", metavar="MODEL", help="the original model: restores the biases, which GLQ drops")
+    add("--zero-biases", action="store_true", help="do without the biases that GLQ dropped: zeros in their place")
+    add("--shard-size", type=_bytes, dest="shard_bytes", metavar="SIZE", help="of a weight file at most: 4GB, 500MB")
+    add("--resume", action=BooleanOptionalAction, default=True, help="no: discard what another command left unfinished")
 
 
 def _add_eval(parser: ArgumentParser) -> None:

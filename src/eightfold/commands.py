@@ -14,9 +14,11 @@ import torch
 from eightfold import checkpoint
 from eightfold.calibration import windows as cut_windows
 from eightfold.console import Terminal, duration, pairs, plus_minus, size, table
+from eightfold.convert import to_eightfold, to_glq
 from eightfold.demo import run_demo
 from eightfold.evaluate import EvalResult, evaluate
-from eightfold.folder import ModelFolder
+from eightfold.folder import ModelFolder, local_folder
+from eightfold.glq_folder import is_glq, open_folder
 from eightfold.inspect import inspect
 from eightfold.pipeline import Outcome, quantize_model
 from eightfold.preflight import Plan, Request, choose_device, choose_dtype, make_plan
@@ -59,8 +61,8 @@ def run_quantize(options: Namespace, terminal: Terminal) -> Result:
 
 def run_eval(options: Namespace, terminal: Terminal) -> Result:
     """Perplexity, and with another model the distance from it."""
-    folder = ModelFolder(options.model)
-    against = ModelFolder(options.against) if options.against else None
+    folder = open_folder(options.model)
+    against = open_folder(options.against) if options.against else None
     device, dtype = choose_device(options.device), choose_dtype(options.dtype, options.device, folder)
     tokenizer = _tokenizer(folder, against)
     longest = getattr(folder.config, "max_position_embeddings", None) or options.seqlen
@@ -117,6 +119,28 @@ def run_inspect(options: Namespace, terminal: Terminal) -> Result:
     terminal.results.print()
     terminal.results.print(pairs(more))
     return DONE, content
+
+
+def run_convert(options: Namespace, terminal: Terminal) -> Result:
+    """A GLQ checkpoint to eightfold's format, or back."""
+    back = options.to == "glq"
+    if back and (options.base or options.zero_biases):
+        raise ValueError("--base and --zero-biases restore what GLQ dropped: leave them out with --to glq")
+    if back and is_glq(local_folder(options.source)):
+        raise ValueError(f"{options.source}: expected an eightfold checkpoint to convert, it is a GLQ one already")
+    if not options.resume:
+        checkpoint.discard(options.out)
+    with terminal.progress() as steps:
+        if back:
+            made = to_glq(options.source, options.out, steps.phase, steps.advance)
+        else:
+            most = options.shard_bytes or checkpoint.SHARD_BYTES
+            made = to_eightfold(
+                options.source, options.out, options.base, options.zero_biases, most, steps.phase, steps.advance
+            )
+    terminal.say(f"{made.layers} quantized linears, {made.tensor_bytes:,} bytes of tensors. Done: {made.path}")
+    content = {"path": str(made.path), "layers": made.layers, "tensor_bytes": made.tensor_bytes}
+    return DONE, {"status": "done", "to": options.to} | content
 
 
 def run_verify(options: Namespace, terminal: Terminal) -> Result:
@@ -204,7 +228,7 @@ def _request(options: Namespace) -> Request:
         tp_max=options.tp_max,
         eval_text=options.eval_text,
         max_ratio=options.max_ratio,
-        settings=Settings(seed=options.seed, scale_dtype=options.scale_dtype),
+        settings=Settings(seed=options.seed, scale_dtype=options.scale_dtype, codebook=options.codebook),
         **{key: value for key in ("layout", "shard_bytes") if (value := getattr(options, key)) is not None},
     )
 

@@ -32,6 +32,7 @@ PHASES = {
     "files": "hashing files",
     "linears": "checking linears",
     "others": "checking other tensors",
+    "tensors": "converting tensors",
     "loading": "loading through transformers",
 }
 

@@ -8,16 +8,16 @@ docs/format.md. All tables are computed here; nothing is stored but the choice o
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
 from functools import cache
 from itertools import product
 
 import torch
 from torch import Tensor
 
+from eightfold.codebook import Codebook, batches, on_device
 from eightfold.cuda import encode as kernels
 from eightfold.cuda.linear import supported
+from eightfold.e8shell import E8Shell, E8Shell256
 
 # Nibble k of a word is (2 * coordinate + 8); coordinate i sits in nibble NIBBLE[i], and so does its sign bit.
 NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -28,52 +28,6 @@ _NORM_12 = """
 7bbbb99b 59bb9b9b 5bbb999b 59bbb99b 7bb99bbb 79b9bbbb 7bb9b9bb 59b99bbb 5bb999bb 59bbb9b9 7bbb9bb9 79bbbbb9
 7bbbb9b9 59bb9bb9 5bbb99b9 5bb9b9b9 7b9bbb9b
 """
-
-_ENCODE_ROWS = 1 << 14  # vectors per batch of `encode`: its memory stays below about 20 MB, and in the cache
-
-
-class Codebook(ABC):
-    """Points in R^8 with a number each.
-
-    Attributes: `name` as files say it, `bits` of one code, `dtype` of stored codes (`torch.int16` holds the bit
-    pattern of an unsigned 16-bit code).
-    """
-
-    name: str
-    bits: int
-    dtype: torch.dtype
-
-    def candidates(self, x: Tensor) -> Tensor:
-        """Codes near x [..., 8] that are worth a try where later stages code the rest: [C, ...], C of them for each."""
-        return self.encode(x)[None]
-
-    @abstractmethod
-    def points(self) -> Tensor:
-        """All points, float32 [2**bits, 8], in the order of their codes; on the CPU, not to be written to."""
-
-    @abstractmethod
-    def _nearest(self, x: Tensor) -> Tensor:
-        """Number of the nearest point, int64 [n], for x float32 [n, 8]."""
-
-    @abstractmethod
-    def _nearest_by_kernel(self, x: Tensor) -> Tensor:
-        """Code of the nearest point, `dtype` [n], for x float32 [n, 8] on a GPU that the kernels support."""
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Code of the point nearest to x in the Euclidean norm, exact up to float32 rounding at ties.
-
-        x: float32 [..., 8], finite. Returns codes `dtype` [...] on the same device. Raises KernelError on a GPU.
-        """
-        rows = x.reshape(-1, 8)
-        if supported(x.device):
-            return self._nearest_by_kernel(rows).reshape(x.shape[:-1])
-        parts = [self._nearest(part) for part in rows.split(_ENCODE_ROWS)]
-        return torch.cat(parts).to(self.dtype).reshape(x.shape[:-1])
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """The points of codes `dtype` [...]: float32 [..., 8] on the same device."""
-        numbers = codes.to(torch.int64) & ((1 << self.bits) - 1)
-        return _on_device(self.points, codes.device)[numbers]
 
 
 class E8P(Codebook):
@@ -98,7 +52,7 @@ class E8P(Codebook):
         rows = x.reshape(-1, 8)
         if supported(x.device):
             return kernels.candidates_e8p(rows).reshape(2, *x.shape[:-1])
-        parts = [self._nearest_of_cosets(part)[0] for part in rows.split(_ENCODE_ROWS)]
+        parts = [self._nearest_of_cosets(part)[0] for part in batches(rows)]
         return torch.cat(parts, 1).to(self.dtype).reshape(2, *x.shape[:-1])
 
     def _nearest_of_cosets(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,23 +71,23 @@ class E8P(Codebook):
         negative = t < 0
         odd_signs = (negative.sum(1) & 1).bool()
         ordered, order = magnitude.sort(1, descending=True)
-        kinds, digits, half_norms, kind_odd, powers, of_key = (_on_device(f, x.device) for f in _KIND_TABLES)
+        kinds, digits, half_norms, kind_odd, powers, of_key = (on_device(f, x.device) for f in _KIND_TABLES)
         wrong = odd_signs[:, None] ^ kind_odd
         best, kind = (ordered @ kinds.T - half_norms - ordered[:, 7:] * wrong).max(1)
         pattern = of_key[(powers[order] * digits[kind]).sum(1)]
 
-        far = (ordered @ _on_device(_norm_12_bound, x.device) - 6 > best).nonzero()[:, 0]
+        far = (ordered @ on_device(_norm_12_bound, x.device) - 6 > best).nonzero()[:, 0]
         far_best, far_pattern = self._nearest_norm_12(magnitude[far], ~odd_signs[far])
         better = far_best > best[far]
         best[far] = torch.where(better, far_best, best[far])
         pattern[far] = torch.where(better, far_pattern, pattern[far])
 
-        patterns, odd = _on_device(_patterns, x.device), _on_device(_odd, x.device)[pattern]
+        patterns, odd = on_device(_patterns, x.device), on_device(_odd, x.device)[pattern]
         cheapest = (magnitude * patterns[pattern]).argmin(1, keepdim=True)
         # Sign bits count from the stored pattern, whose coordinate 7 is negative if its sum is odd.
         flips = negative.scatter(1, cheapest, negative.gather(1, cheapest) ^ (odd_signs ^ odd)[:, None])
         flips[:, 7] ^= odd
-        signs = (flips * _on_device(_sign_weights, x.device)).sum(1)
+        signs = (flips * on_device(_sign_weights, x.device)).sum(1)
         codes = (pattern << 8 | signs).reshape(2, -1)
         codes[1] ^= 1  # the stored signs are of odd number where the shift is -1/4
         # |t|^2 - 2 best = |x|^2 + 1/2 - 2 (best + shift * sum x): without |x|^2, far outliers compare right, too.
@@ -142,8 +96,8 @@ class E8P(Codebook):
 
     def _nearest_norm_12(self, magnitude: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor]:
         """Best score and its pattern among the 29 of squared norm 12, whose sums are all odd."""
-        patterns = _on_device(_patterns, magnitude.device)[227:]
-        halves = _on_device(_norm_12_halves, magnitude.device)
+        patterns = on_device(_patterns, magnitude.device)[227:]
+        halves = on_device(_norm_12_halves, magnitude.device)
         # min_i |t_i| p_i, twice: the least |t_i| sits on a 1/2, or it sits on a 3/2.
         penalty = torch.minimum(magnitude[:, halves].amin(2), 3 * magnitude.amin(1, keepdim=True))
         best, pattern = (magnitude @ patterns.T - 6 - penalty * wrong[:, None]).max(1)
@@ -161,7 +115,7 @@ class E81B(Codebook):
         return _e81b_points()
 
     def _nearest(self, x: Tensor) -> Tensor:
-        points = _on_device(_e81b_points, x.device)
+        points = on_device(_e81b_points, x.device)
         return (x @ points.T - points.square().sum(1) / 2).argmax(1)
 
     def _nearest_by_kernel(self, x: Tensor) -> Tensor:
@@ -175,7 +129,7 @@ def codebook(name: str) -> Codebook:
     return _CODEBOOKS[name]
 
 
-_CODEBOOKS = {c.name: c for c in (E8P(), E81B())}
+_CODEBOOKS = {c.name: c for c in (E8P(), E81B(), E8Shell(), E8Shell256())}
 
 
 # --- construction ---------------------------------------------------------------------------------------------------
@@ -283,9 +237,3 @@ def _pattern_of_key() -> Tensor:
 
 
 _KIND_TABLES = (_kinds, _kind_digits, _kind_half_norms, _kind_odd, _powers, _pattern_of_key)
-
-
-@cache
-def _on_device(table: Callable[[], Tensor], device: torch.device) -> Tensor:
-    """One copy of a table per device; the first use on a device makes it."""
-    return table().to(device)

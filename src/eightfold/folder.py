@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from eightfold.format import CheckpointError, QuantConfig
+from eightfold.format import CheckpointError, QuantConfig, bias_bytes, code_bytes, vector_bytes
 from eightfold.parallel import ordered_map
 
 if TYPE_CHECKING:
@@ -51,20 +51,29 @@ class ModelFolder:
     """
 
     def __init__(self, source: str | Path) -> None:
-        self.path = Path(source) if Path(source).is_dir() else _download(str(source))
-        self.config_json: dict[str, Any] = _read_json(self.path / "config.json")
+        self.path = local_folder(source)
+        self.config_json: dict[str, Any] = read_config(self.path)
         self.tensors: dict[str, TensorInfo] = _tensors(self.path)
         self._digest: str | None = None
+        self.stored = self.tensors  # what the files hold, where `tensors` is a view of it
         section = self.config_json.get("quantization_config")
-        self.quantization: QuantConfig | None = None
-        if section is not None:
-            method = section.get("quant_method") if isinstance(section, dict) else None
-            if method != "eightfold":
-                raise CheckpointError(
-                    f"{self.path}: the weights are already quantized (quant_method {method!r}); "
-                    f"give the folder of the original model"
-                )
-            self.quantization = QuantConfig.from_dict(section)
+        self.quantization: QuantConfig | None = None if section is None else self._configuration(section)
+
+    def _configuration(self, section: Any) -> QuantConfig:
+        """The checked `quantization_config`."""
+        method = section.get("quant_method") if isinstance(section, dict) else None
+        if method != "eightfold":
+            raise CheckpointError(
+                f"{self.path}: the weights are already quantized (quant_method {method!r}); "
+                f"give the folder of the original model"
+            )
+        return QuantConfig.from_dict(section)
+
+    def layer_bytes(self, name: str) -> int:
+        """Bytes that the tensors of quantized layer `name` take in the files, as the format says."""
+        assert self.quantization is not None
+        spec, scale = self.quantization.layers[name], self.quantization.scale_dtype
+        return code_bytes(spec) + vector_bytes(spec, scale) + bias_bytes(spec)
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -75,9 +84,12 @@ class ModelFolder:
 
     def read(self, name: str, device: str | torch.device = "cpu") -> torch.Tensor:
         """The tensor called `name`, in its own dtype, in memory of its own on `device`."""
-        if name not in self.tensors:
+        return self._read_stored(name, device)
+
+    def _read_stored(self, name: str, device: str | torch.device = "cpu") -> torch.Tensor:
+        if name not in self.stored:
             raise CheckpointError(f"{self.path}: expected a tensor {name!r}, there is none")
-        file = self.tensors[name].file
+        file = self.stored[name].file
         try:
             with safe_open(file, framework="pt") as shard:
                 tensor = shard.get_tensor(name)
@@ -95,6 +107,16 @@ class ModelFolder:
                 whole.update(digest)
             self._digest = whole.hexdigest()
         return self._digest
+
+
+def local_folder(source: str | Path) -> Path:
+    """The folder itself, or the local copy of a repository on the hub. Raises CheckpointError."""
+    return Path(source) if Path(source).is_dir() else _download(str(source))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The object in config.json. Raises CheckpointError."""
+    return _read_json(path / "config.json")
 
 
 def _download(source: str) -> Path:
@@ -129,7 +151,7 @@ def _tensors(path: Path) -> dict[str, TensorInfo]:
     """Every tensor of the folder by name, in the order of the files; the index wins over a single file."""
     if not (path / INDEX).exists():
         if not (path / SINGLE).exists():
-            pickles = sorted(file.name for suffix in ("*.bin", "*.pt", "*.pth") for file in path.glob(suffix))
+            pickles = [file.name for suffix in ("*.bin", "*.pt", "*.pth") for file in sorted(path.glob(suffix))]
             hint = f"; its {pickles[0]} is a pickle, convert it to safetensors first" if pickles else ""
             raise CheckpointError(f"{path}: expected {SINGLE} or {INDEX}, there is neither{hint}")
         return _header(path / SINGLE)

@@ -21,13 +21,13 @@ from eightfold.rvq import Residual
 FORMAT_VERSION = 1
 QUANT_METHOD = "eightfold"
 BITS = range(2, 9)
-STAGES = ("e8p", "e81b")
+STAGES = ("e8p", "e81b", "e8shell", "e8shell256")
 MAX_STAGES = 4
 MAX_FEATURES = 1 << 24
 SCALE_DTYPES = ("float16", "float32")
 BIAS_DTYPES = ("float16", "bfloat16", "float32")
 # How safetensors spells the dtypes of a quantized linear's tensors.
-DTYPE_CODES = {torch.int16: "I16", torch.uint8: "U8"}
+DTYPE_CODES = {torch.int16: "I16", torch.uint8: "U8", torch.uint16: "U16", torch.int8: "I8"}
 DTYPE_CODES |= {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 TensorSpec = tuple[torch.dtype, tuple[int, ...]]
@@ -39,7 +39,8 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """One quantized linear. `bits`: nominal rate and key of its recipe; `bias`: dtype name, None for no bias.
+    """One quantized linear. `bits`: nominal rate and key of its recipe; `bias`: dtype name, None for no bias;
+    `ratios`: its own in place of the recipe's, None for the recipe's.
 
     The blocks are the sizes of the rotations' blocks in order; each side's sum is its padded size. Raises
     CheckpointError, naming the field, for anything the format does not allow.
@@ -51,6 +52,7 @@ class LayerSpec:
     out_blocks: tuple[int, ...]
     in_blocks: tuple[int, ...]
     bias: str | None = None
+    ratios: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("out_features", "in_features"):
@@ -73,14 +75,17 @@ class LayerSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of docs/format.md; blocks as [size, count] pairs."""
-        blocks = {side: [list(run) for run in run_lengths(getattr(self, side))] for side in _BLOCK_FIELDS}
-        return {f.name: blocks.get(f.name, getattr(self, f.name)) for f in fields(self)}
+        content = {f.name: getattr(self, f.name) for f in fields(self)}
+        content |= {side: [list(run) for run in run_lengths(content[side])] for side in _BLOCK_FIELDS}
+        ratios = content.pop("ratios")
+        return content if ratios is None else content | {"ratios": list(ratios)}
 
     @classmethod
     def from_dict(cls, section: Any) -> LayerSpec:
         """Inverse of `to_dict`. Raises CheckpointError naming the field that is unknown, missing or wrong."""
-        section = _section(section, cls)
-        return cls(**section | {side: _expand(side, section[side]) for side in _BLOCK_FIELDS})
+        section = _section(section, cls, optional="ratios")
+        parsed = {side: _expand(side, section[side]) for side in _BLOCK_FIELDS}
+        return cls(**section | parsed | {key: _ratios(section[key]) for key in section if key == "ratios"})
 
 
 _BLOCK_FIELDS = ("out_blocks", "in_blocks")
@@ -104,8 +109,7 @@ class StageRecipe(Residual):
     def from_dict(cls, section: Any) -> StageRecipe:
         """From {"stages": [...], "ratios": [...]}. Raises CheckpointError naming what is wrong."""
         section = _section(section, cls)
-        stages, ratios = _tuple("stages", section["stages"]), _tuple("ratios", section["ratios"])
-        return cls(stages, tuple(float(r) if type(r) is int else r for r in ratios))
+        return cls(_tuple("stages", section["stages"]), _ratios(section["ratios"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +145,7 @@ class QuantConfig:
                 raise CheckpointError(f"recipes.{bits}: its stages make {recipe.bits} bits a weight")
         if odd := {spec.bits for spec in self.layers.values()} ^ set(self.recipes):
             raise CheckpointError(f"recipes: expected one for each bits in use, {sorted(odd)} do not match")
+        _each("layers", {name: name for name, spec in self.layers.items() if spec.ratios is not None}, self.recipe)
         _layer_names(self.layers)
 
     def to_dict(self) -> dict[str, Any]:
@@ -179,10 +184,15 @@ class QuantConfig:
         """dtype of the scale vectors."""
         return getattr(torch, self.scale_dtype)
 
+    def recipe(self, name: str) -> StageRecipe:
+        """The recipe of layer `name`, with the layer's own ratios if it has any."""
+        spec = self.layers[name]
+        shared = self.recipes[spec.bits]
+        return shared if spec.ratios is None else StageRecipe(shared.stages, spec.ratios)
+
     def tensors(self, name: str) -> dict[str, TensorSpec]:
         """Full name → (dtype, shape) of each tensor of layer `name` in the files."""
-        spec = self.layers[name]
-        return layer_tensors(name, spec, self.recipes[spec.bits], self.scale)
+        return layer_tensors(name, self.layers[name], self.recipe(name), self.scale)
 
 
 def code_names(stages: int) -> list[str]:
@@ -209,7 +219,7 @@ def layer_tensors(name: str, spec: LayerSpec, recipe: StageRecipe, scale: torch.
 class PackedWeight:
     """A quantized linear in memory.
 
-    `codes`: one tensor [padded_out, padded_in / 8] per stage, int16 or uint8; `scale_in` [K] and `scale_out`
+    `codes`: one tensor [padded_out, padded_in / 8] per stage, of its codebook's dtype; `scale_in` [K] and `scale_out`
     [N], float16 or float32; `bias` [N] or None.
     """
 
@@ -243,7 +253,7 @@ class PackedWeight:
     def validate(self, name: str = "") -> None:
         """Check dtypes, shapes and finiteness. Raises CheckpointError naming the tensor of layer `name`.
 
-        Codes need no check of their values: every bit pattern is the number of a point in both codebooks.
+        Codes need no check of their values: every bit pattern is the number of a point in every codebook.
         """
         if self.scale_in.dtype not in (torch.float16, torch.float32):
             raise CheckpointError(f"{name}.scale_in: expected one of {SCALE_DTYPES}, came {self.scale_in.dtype}")
@@ -336,15 +346,19 @@ def _tuple(name: str, value: Any) -> tuple[Any, ...]:
     return tuple(value)
 
 
+def _ratios(value: Any) -> tuple[Any, ...]:
+    return tuple(float(r) if type(r) is int else r for r in _tuple("ratios", value))
+
+
 def _positive(ratio: Any) -> bool:
     return isinstance(ratio, float) and math.isfinite(ratio) and ratio > 0
 
 
-def _section(section: Any, cls: type) -> dict[str, Any]:
+def _section(section: Any, cls: type, optional: str = "") -> dict[str, Any]:
     if not isinstance(section, dict):
         raise CheckpointError(f"expected an object, came {section!r}")
     names = {f.name for f in fields(cls)}
-    if odd := sorted(map(str, section.keys() ^ names)):
+    if odd := sorted(map(str, (section.keys() ^ names) - {optional})):
         raise CheckpointError(f"{odd[0]}: {'missing field' if odd[0] in names else 'unknown field'}")
     return dict(section)
 

@@ -67,14 +67,21 @@ class EightfoldQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):
             raise CheckpointError(f"expected the weights in safetensors files, came {checkpoint_files}")
-        config = self.quantization_config.quant
-        modules = _modules(model, config)
-        for name, module_name in modules.items():
-            _replace(model, name, module_name, config)
-        _check_files(config, modules, checkpoint_files)
+        there = self._prepare(model, checkpoint_files)
         self._dtype = dtype or model.dtype
-        self._renamed = _not_by_name(model, checkpoint_files)
+        self._renamed = _not_by_name(model, there)
         return model
+
+    def _prepare(self, model: PreTrainedModel, files: Sequence[str]) -> set[str]:
+        """Put the quantized modules in place and check their tensors in `files`. Names of all tensors that come."""
+        config = self.quantization_config.quant
+        modules = replace_linears(model, config)
+        _check_files(config, modules, files)
+        there: set[str] = set()
+        for file in files:
+            with safe_open(file, framework="pt") as shard:
+                there.update(shard.keys())
+        return there
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         lost = [name for name in sorted(self._renamed) if not _was_loaded(model, name)]
@@ -104,16 +111,18 @@ class EightfoldQuantizer(HfQuantizer):
         return True
 
 
-def _modules(model: PreTrainedModel, config: QuantConfig) -> dict[str, str]:
-    """Layer name in the checkpoint → module name in `model`, which may be the bare base model."""
-    prefix = f"{model.base_model_prefix}."
-    bare = not hasattr(model, model.base_model_prefix)  # AutoModel: no "model." in front, no head
-    found = {}
-    for name in config.layers:
-        if bare and not name.startswith(prefix):
-            continue
-        found[name] = name.removeprefix(prefix) if bare else name
-    return found
+def replace_linears(model: PreTrainedModel, config: QuantConfig) -> dict[str, str]:
+    """Put QuantLinear modules in place. Layer name in the checkpoint → module name in `model`, maybe the bare base."""
+    prefix = bare_prefix(model)
+    modules = {name: name.removeprefix(prefix) for name in config.layers if name.startswith(prefix)}
+    for name, module_name in modules.items():
+        _replace(model, name, module_name, config)
+    return modules
+
+
+def bare_prefix(model: PreTrainedModel) -> str:
+    """What names in the checkpoint have before those in `model`: "model." for the bare base of AutoModel, or ""."""
+    return "" if hasattr(model, model.base_model_prefix) else f"{model.base_model_prefix}."
 
 
 def _replace(model: PreTrainedModel, name: str, module_name: str, config: QuantConfig) -> None:
@@ -129,7 +138,7 @@ def _replace(model: PreTrainedModel, name: str, module_name: str, config: QuantC
         raise CheckpointError(f"{name}: the configuration says {spec}, the model has {old}")
     if f"{module_name}.weight" in model.all_tied_weights_keys:
         raise CheckpointError(f"{name}: a quantized layer cannot be tied: tie_word_embeddings must be false")
-    module = QuantLinear(spec, config.recipes[spec.bits], config.scale, "meta")
+    module = QuantLinear(spec, config.recipe(name), config.scale, "meta")
     module.train(old.training)
     model.set_submodule(module_name, module)
 
@@ -146,23 +155,18 @@ def _check_files(config: QuantConfig, modules: Mapping[str, str], files: Sequenc
                 part = shard.get_slice(key)
                 came[key] = (str(part.get_dtype()), tuple(part.get_shape()))
                 if came[key][0].startswith(("F", "BF")):
-                    _check_finite(key, shard.get_tensor(key))
+                    check_finite(key, shard.get_tensor(key))
     check_same({key: (DTYPE_CODES[dtype], shape) for key, (dtype, shape) in expected.items()}, came)
 
 
-def _check_finite(name: str, tensor: Tensor) -> None:
+def check_finite(name: str, tensor: Tensor) -> None:
     if not bool(torch.isfinite(tensor).all()):
         raise CheckpointError(f"{name}: expected finite values, came some that are not")
 
 
-def _not_by_name(model: PreTrainedModel, files: Sequence[str]) -> set[str]:
-    """Tensors of `model` that no file has under that name: transformers renames some, the rest is missing."""
-    there: set[str] = set()
-    for file in files:
-        with safe_open(file, framework="pt") as shard:
-            there.update(shard.keys())
-    prefix = f"{model.base_model_prefix}."
-    there |= {name.removeprefix(prefix) for name in there if not hasattr(model, model.base_model_prefix)}
+def _not_by_name(model: PreTrainedModel, there: set[str]) -> set[str]:
+    """Tensors of `model` that do not come under that name: transformers renames some, the rest is missing."""
+    there = there | {name.removeprefix(bare_prefix(model)) for name in there}
     may_miss = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     wanted = set(model.state_dict()) - set(model.all_tied_weights_keys) - there
     return {name for name in wanted if not any(pattern.search(name) for pattern in may_miss)}

@@ -9,13 +9,15 @@ from typing import Any
 from eightfold.checkpoint import MANIFEST
 from eightfold.files import read_json
 from eightfold.folder import ModelFolder
-from eightfold.format import CheckpointError, LayerSpec, QuantConfig, bias_bytes, code_bytes, stored_bits, vector_bytes
+from eightfold.format import CheckpointError, LayerSpec, QuantConfig
+from eightfold.glq_folder import open_folder
 from eightfold.rotation import run_lengths
 
 
 @dataclass(frozen=True, slots=True)
 class LayerFacts:
-    """One quantized linear. Bytes: of codes, scale vectors and bias, as the format says and as the files have them.
+    """One quantized linear. Bytes: of codes, scale vectors and bias, as the format says and as the files have them;
+    of the bias alone, which stored bits leave out.
 
     `in_blocks`, `out_blocks`: rotation blocks as (size, count). Losses from the manifest, None without one.
     """
@@ -29,6 +31,7 @@ class LayerFacts:
     out_blocks: list[tuple[int, int]]
     bytes_predicted: int
     bytes_measured: int
+    bias_bytes: int
     proxy_loss: float | None
     sqnr_db: float | None
 
@@ -56,7 +59,7 @@ class Inspection:
     @property
     def stored_bits(self) -> float:
         """Stored bits per original weight of the quantized linears, biases left out."""
-        return stored_bits(self.config.layers.values(), self.config.scale_dtype)
+        return 8 * sum(layer.bytes_predicted - layer.bias_bytes for layer in self.layers) / self.weights
 
     @property
     def bytes_predicted(self) -> int:
@@ -92,45 +95,51 @@ class Inspection:
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Read what `path` says of itself. Raises CheckpointError where that is not an eightfold checkpoint."""
-    folder = quantized_folder(path)
+    """Read what `path` says of itself. Raises CheckpointError where that is no eightfold or GLQ checkpoint.
+
+    Biases that GLQ dropped are no fault here: there are no bytes of them.
+    """
+    folder = quantized_folder(path, zero_biases=True)
     config = folder.quantization
     assert config is not None
     measured = dict.fromkeys(config.layers, 0)
     others = 0
-    for name, info in folder.tensors.items():
+    for name, info in folder.stored.items():
         owner = name.rpartition(".")[0]
         if owner in measured:
             measured[owner] += info.nbytes
         else:
             others += info.nbytes
     losses = _losses(folder.path)
-    layers = [_facts(name, spec, config, measured[name], losses.get(name, {})) for name, spec in config.layers.items()]
-    files = {info.file for info in folder.tensors.values()}
+    layers = [_facts(folder, name, spec, measured[name], losses.get(name, {})) for name, spec in config.layers.items()]
+    files = {info.file for info in folder.stored.values()}
     return Inspection(folder.path, config, layers, others, sum(file.stat().st_size for file in files))
 
 
-def quantized_folder(path: str | Path) -> ModelFolder:
-    """The checkpoint in a local folder. Raises CheckpointError for anything else."""
+def quantized_folder(path: str | Path, zero_biases: bool = False) -> ModelFolder:
+    """The eightfold or GLQ checkpoint in a local folder. Raises CheckpointError for anything else."""
     if not Path(path).is_dir():
         raise CheckpointError(f"{path}: expected the folder of an eightfold checkpoint, there is no such folder")
-    folder = ModelFolder(path)
+    folder = open_folder(path, zero_biases)
     if folder.quantization is None:
         raise CheckpointError(f"{path}: expected an eightfold checkpoint, its config.json has no quantization_config")
     return folder
 
 
-def _facts(name: str, spec: LayerSpec, config: QuantConfig, measured: int, losses: dict[str, Any]) -> LayerFacts:
+def _facts(folder: ModelFolder, name: str, spec: LayerSpec, measured: int, losses: dict[str, Any]) -> LayerFacts:
+    bias = folder.stored[f"{name}.bias"].nbytes if f"{name}.bias" in folder.stored else 0
+    predicted = folder.layer_bytes(name)
     return LayerFacts(
         name=name,
         out_features=spec.out_features,
         in_features=spec.in_features,
         bits=spec.bits,
-        stored_bits=stored_bits(spec, config.scale_dtype),
+        stored_bits=8 * (predicted - bias) / (spec.out_features * spec.in_features),
         in_blocks=run_lengths(spec.in_blocks),
         out_blocks=run_lengths(spec.out_blocks),
-        bytes_predicted=code_bytes(spec) + vector_bytes(spec, config.scale_dtype) + bias_bytes(spec),
+        bytes_predicted=predicted,
         bytes_measured=measured,
+        bias_bytes=bias,
         proxy_loss=losses.get("proxy_loss"),
         sqnr_db=losses.get("sqnr_db"),
     )

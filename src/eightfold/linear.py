@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from eightfold.codebook import on_device
 from eightfold.cuda import linear as kernels
 from eightfold.cuda.weight import Weight, can_tile, tile, untile
 from eightfold.e8p import codebook
+from eightfold.e8shell import doubled_points
 from eightfold.format import STAGES, LayerSpec, PackedWeight, StageRecipe, code_names, layer_tensors
 from eightfold.quantize import dequantize
 from eightfold.rotation import run_lengths
@@ -70,7 +72,7 @@ def _on_gpu(
     for tensor in (*codes, ratios, scale_in, scale_out):
         if tensor.device != x.device:
             raise ValueError(f"expected all on {x.device}, where the input is, got a tensor on {tensor.device}")
-    weight = Weight(codes, ratios, scale_in, scale_out, in_blocks, out_blocks)
+    weight = _weight(codes, ratios, scale_in, scale_out, in_blocks, out_blocks)
     if not _has_kernels(weight, x.dtype):
         return _reference(x, codes, ratios, scale_in, scale_out, bias, in_blocks, out_blocks)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -96,6 +98,13 @@ torch.library.define("eightfold::linear", _SCHEMA, tags=(torch.Tag.pt2_compliant
 torch.library.impl("eightfold::linear", "default", _reference)
 torch.library.impl("eightfold::linear", "cuda", _on_gpu)
 torch.library.register_fake("eightfold::linear", _linear_fake)
+
+
+def _weight(codes: list[Tensor], *others: Any) -> Weight:
+    weight = Weight(codes, *others)
+    if weight.stages.shells and not codes[0].is_meta:
+        weight.points = (on_device(doubled_points, codes[0].device),)
+    return weight
 
 
 def _has_kernels(weight: Weight, dtype: torch.dtype) -> bool:
@@ -167,11 +176,11 @@ class QuantLinear(nn.Module):
             raise ValueError("expected parameters with data, these are on the meta device: load them first")
         self._prepared, self._dense = dtype, None
         self._ratios = self._ratios.to(self.scale_in.device)
-        weight = Weight(*self._arguments())
+        weight = _weight(*self._arguments())
         if _has_kernels(weight, dtype):
             if not weight.tiled and can_tile(weight.padded_out, weight.in_blocks):
                 self._replace_codes(tile)
-            kernels.prepare(Weight(*self._arguments()))
+            kernels.prepare(_weight(*self._arguments()))
         else:
             self._dense = dequantize(self.packed()).to(dtype)
         return self

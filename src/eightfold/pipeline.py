@@ -206,7 +206,7 @@ class _Walk:
         for name in record["linears"]:
             own = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
             spec = self.config.layers[name]
-            result[name] = PackedWeight.from_tensors(spec, self.config.recipes[spec.bits], own).to(device)
+            result[name] = PackedWeight.from_tensors(spec, self.config.recipe(name), own).to(device)
         return result
 
     def _install(self, prefix: str, layer: nn.Module, packed: dict[str, PackedWeight]) -> None:

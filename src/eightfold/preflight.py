@@ -17,12 +17,12 @@ from eightfold import calibration
 from eightfold.checkpoint import check_target, output_tensors, plan_shards
 from eightfold.files import file_bytes
 from eightfold.folder import ModelFolder
-from eightfold.format import LayerSpec, QuantConfig, stored_bits
+from eightfold.format import BITS, LayerSpec, QuantConfig, stored_bits
 from eightfold.model import Decoder, LinearInfo
 from eightfold.parallel import workers_for
 from eightfold.quantize import Settings, recipe
 from eightfold.rotation import IN_FLOOR, layout_blocks
-from eightfold.rvq import RECIPES
+from eightfold.rvq import Residual
 from eightfold.tensor_parallel import check_heads, cut_side, largest_tp, linear_blocks
 
 EVAL_SEQLEN = 1024
@@ -83,6 +83,7 @@ class Plan:
             "out": self.request.out,
             "bits": self.request.bits,
             "stored_bits": self.stored_bits,
+            "codebook": self.request.settings.codebook,
             "layout": self.request.layout,
             "tp_max": self.config.tp_max,
             "quantized": list(self.config.layers),
@@ -100,8 +101,8 @@ class Plan:
 
 def make_plan(request: Request) -> Plan:
     """Check everything that can be checked before the work. Raises ValueError or CheckpointError, one sentence each."""
-    if request.bits not in RECIPES:
-        raise ValueError(f"expected bits from {min(RECIPES)} to {max(RECIPES)}, got {request.bits}")
+    if request.bits not in BITS:
+        raise ValueError(f"expected bits from {BITS[0]} to {BITS[-1]}, got {request.bits}")
     for target in (Path(request.out), failed_path(request.out)):
         check_target(target)
     folder = ModelFolder(request.model)
@@ -116,7 +117,7 @@ def make_plan(request: Request) -> Plan:
     windows, held_out, origin = _texts(folder, request)
     quant_config = QuantConfig(
         layers=layers,
-        recipes={request.bits: recipe(request.bits)},
+        recipes={request.bits: recipe(request.bits, request.settings.codebook)},
         tp_max=tp_max,
         scale_dtype=request.settings.scale_dtype,
         provenance=_provenance(request, origin, dtype),
@@ -297,7 +298,8 @@ def _peak_bytes(decoder: Decoder, chosen: dict[str, LinearInfo], windows: Tensor
 
 def _seconds(decoder: Decoder, chosen: dict[str, LinearInfo], windows: Tensor, request: Request) -> float:
     """Operations over rates that are measured now, for about half a second."""
-    flops, vectors = _rates(decoder.device, request.bits)
+    book = recipe(request.bits, request.settings.codebook)
+    flops, vectors = _rates(decoder.device, book)
     weights = sum(info.out_features * info.in_features for info in chosen.values())
     tokens = windows.numel()
     sensed = min(request.sensitivity_samples, len(windows)) * windows.shape[1]
@@ -310,7 +312,7 @@ def _seconds(decoder: Decoder, chosen: dict[str, LinearInfo], windows: Tensor, r
     return (forwards + 4 * squares * tokens + 2 * feedback * searched) / flops + weights / 8 * searched / vectors
 
 
-def _rates(device: torch.device, bits: int) -> tuple[float, float]:
+def _rates(device: torch.device, book: Residual) -> tuple[float, float]:
     """Measured float32 operations and encoded vectors per second."""
     x = torch.randn(1024, 1024, device=device)
     vectors = torch.randn(1 << (14 if device.type == "cpu" else 17), 8, device=device)
@@ -325,4 +327,4 @@ def _rates(device: torch.device, bits: int) -> tuple[float, float]:
             best = min(best, time.perf_counter() - start)
         return best
 
-    return 2 * 1024**3 / seconds(lambda: x @ x), len(vectors) / seconds(lambda: RECIPES[bits].encode(vectors))
+    return 2 * 1024**3 / seconds(lambda: x @ x), len(vectors) / seconds(lambda: book.encode(vectors))

@@ -23,7 +23,7 @@ from eightfold.format import LayerSpec, PackedWeight, StageRecipe
 from eightfold.ldlq import block_ldl, ldlq, proxy_loss
 from eightfold.parallel import ordered_map, single_threaded, workers_for
 from eightfold.rotation import rotate
-from eightfold.rvq import RECIPES, SCALES, Residual
+from eightfold.rvq import FAMILIES, Residual
 
 ROWS = 256  # rows of one piece of work on the CPU: fixed, so that results do not depend on the number of threads
 DECODE_ROWS = 4096  # rows decoded at once: bounds the memory of `dequantize`
@@ -33,6 +33,7 @@ DECODE_ROWS = 4096  # rows decoded at once: bounds the memory of `dequantize`
 class Settings:
     """How to quantize. All of it is written into the checkpoint's provenance; none of it is needed to read one.
 
+    `codebook`: a key of rvq.FAMILIES, of the stages that code the weights.
     `in_exponent`: input channel j is divided by rms(W[:, j])**in_exponent. `out_exponent`: output channel n is divided
     by (rms(W[n]) / rms(gradient of the loss at output n))**out_exponent. `damping`: added to the Hessian's diagonal, as
     a share of its mean. `correction`, `stream_correction`: share of the upstream error, at the input and in the
@@ -49,6 +50,7 @@ class Settings:
     search_rows: int = 512
     scale_dtype: str = "float16"
     seed: int = 0
+    codebook: str = "e8p"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +83,12 @@ class Quantized:
         return {"proxy_loss": self.proxy_loss, "sqnr_db": self.sqnr_db, "multiplier": self.multiplier}
 
 
-def recipe(bits: int) -> StageRecipe:
-    """The stages and ratios that this version writes at a nominal rate."""
-    return StageRecipe(RECIPES[bits].stages, RECIPES[bits].ratios)
+def recipe(bits: int, family: str = "e8p") -> StageRecipe:
+    """The stages and ratios that this version writes at a nominal rate. Raises ValueError for an unknown family."""
+    if family not in FAMILIES:
+        raise ValueError(f"expected a codebook out of {sorted(FAMILIES)}, got {family!r}")
+    book = FAMILIES[family][0][bits]
+    return StageRecipe(book.stages, book.ratios)
 
 
 def moments(x: Tensor, x0: Tensor, stream: Tensor | None = None, stream0: Tensor | None = None) -> list[Tensor]:
@@ -150,9 +155,9 @@ def quantize_group(
         rms = float(R.square().mean(dtype=torch.float64).sqrt()) or 1.0
         rotated[name] = R / rms
 
-    book = RECIPES[specs[names[0]].bits]
+    book = recipe(specs[names[0]].bits, settings.codebook)
     chosen = _search_scale(rotated, H_rotated, L, book, settings)
-    scaled = [R * (SCALES[book.bits] / chosen[name]) for name, R in rotated.items()]
+    scaled = [R * (_scale(book, settings) / chosen[name]) for name, R in rotated.items()]
     codes, _ = _ldlq_rows(torch.cat(scaled), L, book)
     sizes = [len(R) for R in scaled]
     split = [c.split(sizes) for c in codes]
@@ -226,7 +231,7 @@ def _search_scale(
         return dict.fromkeys(rotated, multipliers[0])
     limit = max(settings.search_rows // len(rotated), 1)
     samples = {name: R[:: -(-len(R) // limit)] for name, R in rotated.items()}
-    factors = [SCALES[book.bits] / m for m in multipliers]
+    factors = [_scale(book, settings) / m for m in multipliers]
     trial = torch.cat([R * f for R in samples.values() for f in factors])
     _, found = _ldlq_rows(trial, L, book)
     parts = iter(found.split([len(R) for R in samples.values() for _ in factors]))
@@ -263,12 +268,13 @@ def _fit_output(
 
     The layer's scale, the signs and the shrinkage that quantization calls for all come out of this.
     """
-    V = _unscaled(spec, recipe(spec.bits), codes) * s_in
+    book = recipe(spec.bits, settings.codebook)
+    V = _unscaled(spec, book, codes) * s_in
     VH = _times(V, H)
     s_out = (W * VH).sum(1) / (V * VH).sum(1).clamp_min(torch.finfo(torch.float32).tiny)
     s_out = _stored(s_out, settings)
     dtype = getattr(torch, settings.scale_dtype)
-    return PackedWeight(spec, recipe(spec.bits), codes, s_in.to(dtype), s_out.to(dtype))
+    return PackedWeight(spec, book, codes, s_in.to(dtype), s_out.to(dtype))
 
 
 def _measured(name: str, W: Tensor, target: Tensor, H: Tensor, packed: PackedWeight, multiplier: float) -> Quantized:
@@ -313,6 +319,10 @@ def _rms(W: Tensor, dim: int) -> Tensor:
     """Root mean square over `dim`, kept above a millionth of the largest: a channel of zeros stays finite."""
     rms = W.square().mean(dim).sqrt()
     return rms.clamp_min(1e-6 * float(rms.max())) if float(rms.max()) > 0 else torch.ones_like(rms)
+
+
+def _scale(book: Residual, settings: Settings) -> float:
+    return FAMILIES[settings.codebook][1][book.bits]
 
 
 def _stored(x: Tensor, settings: Settings) -> Tensor:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eightfold.e8p import Codebook, codebook
+from eightfold.codebook import Codebook
+from eightfold.e8p import codebook
 
 PATHS = 2  # sums of codes that `encode` follows
 
@@ -69,7 +70,8 @@ def _least(left: Tensor, codes: list[Tensor], count: int) -> tuple[Tensor, list[
     if len(left) <= count:
         return left, codes
     paths = left.square().sum(-1).topk(count, 0, largest=False).indices  # [count, ...]
-    kept = [c.gather(0, paths) for c in codes]
+    # PyTorch gathers no uint16.
+    kept = [c.view(torch.int16 if c.itemsize == 2 else c.dtype).gather(0, paths).view(c.dtype) for c in codes]
     return left.gather(0, paths[..., None].expand(*paths.shape, 8)), kept
 
 
@@ -87,3 +89,19 @@ RECIPES: dict[int, Residual] = {
 # Standard deviation of the Gaussian source at which each recipe is best, in units of its first stage. A quantizer
 # starts from it; files do not hold it.
 SCALES: dict[int, float] = {2: 1.0343, 3: 1.0025, 4: 0.8937, 5: 0.8434, 6: 0.7728, 7: 0.7283, 8: 0.6951}
+
+# The same for E8 shells, with GLQ's ratios of one stage to the next.
+_F, _S = "e8shell", "e8shell256"
+SHELL_RECIPES: dict[int, Residual] = {
+    2: Residual((_F,), (1.0,)),
+    3: Residual((_F, _S), (1.0, 1 / 2)),
+    4: Residual((_F, _F), (1.0, 1 / 3)),
+    5: Residual((_F, _F, _S), (1.0, 1 / 3, 1 / 6)),
+    6: Residual((_F, _F, _F), (1.0, 1 / 3, 1 / 9)),
+    7: Residual((_F, _F, _F, _S), (1.0, 1 / 3, 1 / 9, 1 / 18)),
+    8: Residual((_F, _F, _F, _F), (1.0, 1 / 3, 1 / 9, 1 / 27)),
+}
+SHELL_SCALES: dict[int, float] = {2: 1.02, 3: 0.97, 4: 0.97, 5: 0.93, 6: 0.90, 7: 0.87, 8: 0.83}
+
+# What a quantizer can be told to use: recipes and scales by rate.
+FAMILIES = {"e8p": (RECIPES, SCALES), "e8shell": (SHELL_RECIPES, SHELL_SCALES)}

@@ -55,6 +55,51 @@ def e81b_points() -> list[tuple[float, ...]]:
     return points
 
 
+def shell_points() -> np.ndarray:
+    """The 65,536 points of e8shell, docs/format.md section 13: float64 [65536, 8]."""
+    every = np.zeros((1, 0), int)  # doubled coordinates, the last one first, with all parities
+    for _ in range(8):
+        every = np.concatenate([np.insert(every, 0, value, 1) for value in range(-6, 7)])
+        every = every[((every**2).sum(1) <= 48) & ((every[:, :1] - every) % 2 == 0).all(1)]
+    every = every[every.sum(1) % 4 == 0]
+    z = np.zeros_like(every)
+    z[:, 7] = every[:, 7]
+    for i in range(6, -1, -1):
+        z[:, i] = (every[:, i] - every[:, 7]) // 2 + (z[:, i + 1] if i < 6 else 0)
+    z[:, 0] //= 2
+    every = every[np.lexsort(z.T)]
+    pairs = [[int(norm), i] for i, norm in enumerate((every**2).sum(1))]
+    todo = [(0, len(pairs))]
+    while todo:
+        low, high = todo.pop()
+        while high - low > 16:
+            high, above = split(pairs, low, high), high
+            todo.append((high, above))
+    pairs.sort(key=lambda pair: pair[0])
+    return every[[i for _, i in pairs[:65536]]] / 2
+
+
+def split(pairs: list[list[int]], low: int, high: int) -> int:
+    """One round of step 2 of section 13."""
+    a, b, c = (pairs[i][0] for i in (low + 1, (low + high) // 2, high - 1))
+    if a < b:
+        median = (low + high) // 2 if b < c else high - 1 if a < c else low + 1
+    else:
+        median = low + 1 if a < c else high - 1 if b < c else (low + high) // 2
+    pairs[low], pairs[median] = pairs[median], pairs[low]
+    pivot, i, j = pairs[low][0], low + 1, high
+    while True:
+        while pairs[i][0] < pivot:
+            i += 1
+        j -= 1
+        while pivot < pairs[j][0]:
+            j -= 1
+        if i >= j:
+            return i
+        pairs[i], pairs[j] = pairs[j], pairs[i]
+        i += 1
+
+
 def rotation(blocks: list[list[int]]) -> np.ndarray:
     """The block diagonal rotation of [size, count] pairs, sizes powers of two."""
     n = sum(size * count for size, count in blocks)
@@ -108,10 +153,19 @@ LAYERS = {
         "in_blocks": [[64, 1]],
         "bias": None,
     },
+    "model.layers.0.c": {
+        "out_features": 6,
+        "in_features": 20,
+        "bits": 4,
+        "out_blocks": [[4, 1], [1, 2]],
+        "in_blocks": [[16, 1], [4, 2]],
+        "bias": None,
+    },
 }
 RECIPES = {
     "2": {"stages": ["e8p"], "ratios": [1.0]},
     "3": {"stages": ["e8p", "e81b"], "ratios": [1.0, 0.5]},
+    "4": {"stages": ["e8shell", "e8shell256", "e8shell256"], "ratios": [1.0, 0.5, 0.25]},
     "5": {"stages": ["e8p", "e8p", "e81b"], "ratios": [1.0, 0.25, 0.125]},
 }
 CONFIG = {
@@ -143,9 +197,14 @@ def make_tensors(layer: dict, numbers: Numbers) -> dict[str, tuple[str, np.ndarr
     out, inner = (sum(size * count for size, count in layer[side]) for side in ("out_blocks", "in_blocks"))
     tensors: dict[str, tuple[str, np.ndarray]] = {}
     for k, stage in enumerate(RECIPES[str(layer["bits"])]["stages"]):
-        name, bits = "qweight" + (str(k) if k else ""), 16 if stage == "e8p" else 8
-        codes = numbers.draw(out * inner // 8, 1 << bits).reshape(out, inner // 8)
-        tensors[name] = ("I16", codes.astype("<u2").view("<i2")) if bits == 16 else ("U8", codes.astype("u1"))
+        dtype, array = {
+            "e8p": ("I16", "<u2"),
+            "e81b": ("U8", "u1"),
+            "e8shell": ("U16", "<u2"),
+            "e8shell256": ("I8", "u1"),
+        }[stage]
+        codes = numbers.draw(out * inner // 8, 256 ** np.dtype(array).itemsize).reshape(out, inner // 8)
+        tensors["qweight" + (str(k) if k else "")] = dtype, codes.astype(array)
     choice = np.array([0.5, 0.75, 1.0, 1.25, 1.5, -0.5, -1.0, -1.75])
     tensors["scale_in"] = "F16", choice[numbers.draw(layer["in_features"], 8)].astype("<f2")
     powers = np.array([0.125, 0.25, 0.5, -0.125])
@@ -157,7 +216,7 @@ def make_tensors(layer: dict, numbers: Numbers) -> dict[str, tuple[str, np.ndarr
 
 
 def safetensors(tensors: dict[str, tuple[str, np.ndarray]]) -> bytes:
-    order = ("F32", "BF16", "F16", "I16", "U8")
+    order = ("F32", "BF16", "F16", "U16", "I16", "I8", "U8")
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     data = b""
     for name in sorted(tensors, key=lambda name: (order.index(tensors[name][0]), name)):
@@ -177,7 +236,10 @@ def main() -> None:
     assert zlib.crc32(e8p.tobytes()) == 2200024200
     e81b = np.array(e81b_points(), "<f4")
     assert zlib.crc32(e81b.tobytes()) == 333791178
+    shell = shell_points()
+    assert zlib.crc32(shell.astype("<f4").tobytes()) == 3681947879
     tables = {"e8p": e8p.astype(np.float64), "e81b": e81b.astype(np.float64)}
+    tables |= {"e8shell": shell, "e8shell256": shell[:256]}
 
     numbers = Numbers()
     stored: dict[str, tuple[str, np.ndarray]] = {}

@@ -53,8 +53,8 @@ def _decode(weight: Weight, row: int, piece: Tensor, stream: int) -> None:
     """Launch what fills float16 `piece` [rows, K with padding] with rows from `row` on."""
     device, (rows, columns) = _index(piece.device), piece.shape
     params = struct.pack(
-        f"<{weight.stages.count + 2}Q3I3i",
-        *(c.data_ptr() for c in weight.codes), weight.ratios.data_ptr(), piece.data_ptr(),
+        f"<{weight.stages.count + len(weight.points) + 2}Q3I3i",
+        *(t.data_ptr() for t in (*weight.codes, weight.ratios, *weight.points, piece)),
         *weight.strides, row, rows, columns // 8,
     )  # fmt: skip
     ctas = min(4 * sm_count(device), -(-rows // 16) * -(-columns // 512))
@@ -63,7 +63,8 @@ def _decode(weight: Weight, row: int, piece: Tensor, stream: int) -> None:
 
 def dequantize(stages: Stages, device: int) -> Kernel:
     """The kernel that decodes."""
-    return load("dequantize.cu", "dequantize", device, **stages.defines)
+    file, name = ("shell.cu", "dequantize_shell") if stages.shells else ("dequantize.cu", "dequantize")
+    return load(file, name, device, **stages.defines)
 
 
 @cache

@@ -17,7 +17,7 @@ def multiply(x: Tensor, weight: Weight, stream: int) -> Tensor:
     """x float16 [tokens, padded K], a rotated input, times an aligned weight: sums over parts of K,
     float32 [slices, tokens, padded N], to be added in their order. Raises KernelError."""
     device, tokens = _index(x.device), len(x)
-    chosen = gemm_variant(weight.stages, tokens, max_shared(device))
+    chosen = gemm_variant(weight.stages, tokens, max_shared(device), weight.padded_out)
     tiles = -(-tokens // chosen.tokens)
     ctas, slices = share_steps(chosen, weight.padded_out, weight.padded_in, tiles, sm_count(device))
     sums = x.new_empty(slices, tokens, weight.padded_out, dtype=torch.float32)
@@ -35,7 +35,7 @@ def prepare_gemm(weight: Weight, tokens: int) -> None:
     """Compile and load what `multiply` needs for up to so many tokens. Raises KernelError."""
     device = _index(weight.ratios.device)
     for tile in GEMM_TOKENS:
-        _kernel(gemm_variant(weight.stages, min(tile, tokens), max_shared(device)), device)
+        _kernel(gemm_variant(weight.stages, min(tile, tokens), max_shared(device), weight.padded_out), device)
 
 
 def _kernel(chosen: Gemm, device: int) -> Kernel:

@@ -2,10 +2,10 @@
 
 Up to 16 tokens: matvec, which reads the codes once; quantize_input before it, unless matvec can do that itself (one
 token). Up to MOST_GEMM: gemm, between rotate_input and rotate_output; where codes cannot be tiled, matvec for every 16
-up to MOST_MATVEC. More: the weight is decoded to float16, piece after piece, and cuBLAS multiplies (dense.py).
-Everything is queued on the current stream; memory comes from PyTorch's pool. Within 2-8 and 9-16 tokens (of several 16,
-the last too), 17-32, 33-64 and every further 128 a token's result does not depend on the others; where cuBLAS
-multiplies that is its affair.
+up to MOST_MATVEC. More: the weight is decoded to float16, piece after piece, and cuBLAS multiplies (dense.py); for
+stages of E8 shells always. Everything is queued on the current stream; memory comes from PyTorch's pool. Within 2-8 and
+9-16 tokens (of several 16, the last too), 17-32, 33-64 and every further 128 a token's result does not depend on the
+others; where cuBLAS multiplies that is its affair.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def takes(weight: Weight) -> bool:
 def _takes(stages: Stages, rows: int, in_blocks: tuple[int, ...], out_blocks: tuple[int, ...], device: int) -> bool:
     try:
         check(stages, rows, in_blocks, out_blocks)
-        for tokens in CLASSES:  # with aligned codes, which take more shared memory
+        for tokens in () if stages.shells else CLASSES:  # with aligned codes, which take more shared memory
             chosen = variant(stages, _tiles(tokens), max_shared(device), True)
             make_plan(in_blocks, rows, chosen, tokens, sm_count(device), max_shared(device))
     except UnsupportedLayoutError as error:
@@ -99,13 +99,13 @@ def prepare(weight: Weight) -> None:
     """Compile and load what `linear` can need for this weight, so that no call does, and wait until the weight is
     there. Raises KernelError."""
     device = _index(weight.codes[0].device)
-    for tokens in CLASSES:
+    for tokens in () if weight.stages.shells else CLASSES:
         chosen = _variant(weight, tokens, device)
         _matvec(chosen, device)
         kernel("quantize_input", shared_buffer(_plan(weight, chosen, tokens, device).buffer, device), device)
     prepare_rotations(weight.in_blocks, weight.out_blocks, device)
     dequantize(weight.stages, device)
-    if weight.aligned:
+    if weight.aligned and not weight.stages.shells:
         prepare_gemm(weight, MOST_GEMM)
     _counters_of(device)
     torch.cuda.current_stream(device).synchronize()
@@ -118,7 +118,9 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     tokens = len(x)
     y = x.new_empty(tokens, len(weight.scale_out))
     with torch.cuda.device(x.device):
-        if MATVEC_TOKENS < tokens <= MOST_GEMM and weight.aligned:
+        if weight.stages.shells and tokens:
+            dense(x, weight, bias, y)
+        elif MATVEC_TOKENS < tokens <= MOST_GEMM and weight.aligned:
             _gemm(x, weight, bias, y)
         elif tokens > MOST_MATVEC:
             dense(x, weight, bias, y)

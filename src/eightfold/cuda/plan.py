@@ -21,6 +21,7 @@ MATVEC_TOKENS = 16  # most tokens of one launch of matvec
 ALONE_TOKENS = 8  # most tokens that matvec rotates by itself; from two on, four UNITs a warp
 GEMM_TOKENS = (32, 64, 128)  # of a tile of gemm
 GEMM_COLUMNS = 64  # of one of its steps
+FEW_ROWS = 6144  # up to which its CTAs have fewer
 RESERVED = 1024  # bytes of shared memory that CUDA keeps of every CTA
 MANY_COPIES = 160 << 10  # bytes of shared memory from which the decode tables have a copy for every lane
 TWO_CTAS = 224 << 10  # and from which two CTAs with such tables share a multiprocessor
@@ -32,14 +33,23 @@ class UnsupportedLayoutError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """How many stages of either codebook a recipe has; E81B comes last, at most once."""
+    """How many stages of each codebook a recipe has; whether those of E8P or e8shell come first and those of E81B or
+    e8shell256 last. Kernels take at most one of E81B, and no mixture of shells with others."""
 
     e8p: int
     e81b: int
+    shell: int = 0
+    shell256: int = 0
+    in_order: bool = True
 
     @property
     def count(self) -> int:
-        return self.e8p + self.e81b
+        return self.e8p + self.e81b + self.shells
+
+    @property
+    def shells(self) -> int:
+        """Stages of E8 shells, which only the dense product takes."""
+        return self.shell + self.shell256
 
     @property
     def tile_bytes(self) -> int:
@@ -49,12 +59,20 @@ class Stages:
     @property
     def defines(self) -> dict[str, int]:
         """Macros of the kernels that decode."""
+        if self.shells:
+            return {"SHELL_STAGES": self.shell, "SHELL256_STAGES": self.shell256}
         return {"E8P_STAGES": self.e8p, "E81B_STAGES": self.e81b}
 
 
 def table_bytes(stages: Stages, copies: int) -> int:
     """Shared memory up to the end of so many copies of the decode tables, as decode.cuh lays it out."""
     return 1024 + (2 + stages.e81b) * 1024 * copies
+
+
+@cache
+def stages_of(order: tuple[int, ...]) -> Stages:
+    """From a number for each stage: 0 for E8P, 1 for E81B, 2 for e8shell, 3 for e8shell256."""
+    return Stages(*map(order.count, range(4)), in_order=order == tuple(sorted(order)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,23 +183,24 @@ class Gemm:
 
     @property
     def slot_bytes(self) -> int:
-        """Of one step: activations, and codes."""
+        """Of one step: activations, codes, and two barriers."""
         codes = 256 * self.stages.e8p + 128 * self.stages.e81b
-        return 2 * GEMM_COLUMNS * self.tokens + self.tiles * self.warps * codes
+        return 2 * GEMM_COLUMNS * self.tokens + self.tiles * self.warps * codes + 16
 
     @property
     def shared_bytes(self) -> int:
         return table_bytes(self.stages, self.copies) + self.depth * self.slot_bytes
 
 
-def gemm_variant(stages: Stages, tokens: int, shared: int) -> Gemm:
-    """The gemm for so many tokens where a CTA can have `shared` bytes: as many warps as find their registers without
-    spilling, tables for every lane if that leaves room for three steps."""
+def gemm_variant(stages: Stages, tokens: int, shared: int, rows: int = MAX_FEATURES) -> Gemm:
+    """The gemm for so many tokens and rows where a CTA can have `shared` bytes: as many warps as find their registers
+    without spilling, fewer for few rows, whose tiles fewer CTAs then share; tables for every lane if that leaves room
+    for three steps."""
     tile = next((tile for tile in GEMM_TOKENS if tokens <= tile), GEMM_TOKENS[-1])
-    warps = 8 if tile == 128 else 12 if tile == 64 or stages.count > 3 else 16
+    warps = 8 if tile == 128 or rows <= FEW_ROWS else 12 if tile == 64 or stages.count > 3 else 16
     for copies, least in ((32, 3), (1, 2)):
         one = Gemm(stages, tile, 2, warps, 1, 1, copies)
-        depth = min(6, (shared - table_bytes(stages, copies)) // one.slot_bytes)
+        depth = min(8, (shared - table_bytes(stages, copies)) // one.slot_bytes)
         if depth >= least:
             return replace(one, depth=depth)
     raise UnsupportedLayoutError(f"expected {one.shared_bytes + one.slot_bytes} bytes of shared memory, got {shared}")
@@ -195,8 +214,8 @@ def share_steps(chosen: Gemm, rows: int, columns: int, token_tiles: int, process
     most = min(tiles * steps, max(1, processors * chosen.ctas // token_tiles))
     # Some end with row tiles: fewer slices. All there can be have the least to do each.
     numbers = {most, *range(tiles, most + 1, tiles), *(n for n in range(1, min(tiles, most) + 1) if tiles % n == 0)}
-    step = chosen.warps * chosen.tiles * max(0.0005 * chosen.tokens, 0.004 + 0.008 * chosen.stages.count)
-    add = 0.1 + 8e-6 / 3 * rows * chosen.tokens * token_tiles
+    step = chosen.warps * chosen.tiles * (0.012 + 0.008 * chosen.stages.count + 0.0003 * chosen.tokens)
+    add = 0.05 + 4e-6 / 3 * rows * chosen.tokens * token_tiles
 
     def cost(ctas: int) -> float:  # about the microseconds
         return -(-tiles * steps // ctas) * step + _slices(tiles, steps, ctas) * add
@@ -250,7 +269,9 @@ def runs(blocks: Sequence[int]) -> list[tuple[int, int, int]]:
 
 def check(stages: Stages, rows: int, in_blocks: tuple[int, ...], out_blocks: tuple[int, ...]) -> None:
     """Raise UnsupportedLayoutError for what no kernel takes."""
-    if not 1 <= stages.e8p <= 4 or stages.e81b > 1:
+    if not stages.in_order or (stages.shells and stages.e8p + stages.e81b):
+        raise UnsupportedLayoutError(f"expected E8P and then E81B, or e8shell and then e8shell256, got {stages}")
+    if not stages.shells and (not 1 <= stages.e8p <= 4 or stages.e81b > 1):
         raise UnsupportedLayoutError(f"expected 1 to 4 stages of E8P and at most one of E81B, got {stages}")
     columns = runs(in_blocks)[-1][1]
     if max(rows, columns) > MAX_FEATURES:
@@ -320,7 +341,7 @@ def make_plan(blocks: tuple[int, ...], rows: int, variant: Variant, tokens: int,
         if size > limit:
             continue
         chunks = _chunks(slices, blocks)
-        cost = _cost(variant, waves * resident, share, units, count) + (len(chunks) <= count)
+        cost = _cost(variant, waves * resident, share, units, count, tokens) + (len(chunks) <= count)
         if resident < variant.ctas:
             cost = 1.2 * cost - 1.4  # fewer warps, but the next launch can start beside this one
         alone = len(chunks) == len(slices) and max(blocks[::2]) <= UNIT
@@ -335,10 +356,10 @@ def make_plan(blocks: tuple[int, ...], rows: int, variant: Variant, tokens: int,
     return best[1]
 
 
-def _cost(variant: Variant, ctas: int, tiles: int, units: int, slices: int) -> float:
+def _cost(variant: Variant, ctas: int, tiles: int, units: int, slices: int, tokens: int) -> float:
     """About the microseconds that a multiprocessor takes for so many CTAs: for their units of weights, for rotating
     their slices, for the slices that a block adds up. From measurements on an H200; only comparisons matter."""
-    busy = ctas * units * (0.025 * variant.stages.count * tiles + 0.02)
+    busy = ctas * units * (0.025 * variant.stages.count * tiles + 0.01 + 0.01 * tokens)
     return busy + 0.15 * slices
 
 

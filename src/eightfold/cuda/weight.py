@@ -8,13 +8,18 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from eightfold.cuda.plan import Stages, runs
+from eightfold.cuda.plan import runs, stages_of
+
+CODES = {torch.int16: 0, torch.uint8: 1, torch.uint16: 2, torch.int8: 3}  # as plan.stages_of numbers codebooks
 
 
 class Weight:
-    """What the kernels need of a packed weight: its tensors and their shapes. E81B stages come last.
+    """What the kernels need of a packed weight: its tensors and their shapes.
 
-    `codes`: as the file has them, [N, K / 8], or each as `tile` makes them."""
+    `codes`: as the file has them, [N, K / 8], or each as `tile` makes them. `points`: for stages of E8 shells, one
+    tensor, twice the table: int8 [65536, 8]."""
+
+    points: tuple[Tensor, ...] = ()
 
     def __init__(
         self,
@@ -31,7 +36,7 @@ class Weight:
         rows, columns = codes[0].shape[:2]
         self.tiled = codes[0].dim() == 4
         self.padded_out, self.padded_in = (16 * rows, 64 * columns) if self.tiled else (rows, 8 * columns)
-        self.stages = Stages(*(sum(c.dtype == dtype for c in codes) for dtype in (torch.int16, torch.uint8)))
+        self.stages = stages_of(tuple(CODES[c.dtype] for c in codes))
 
     @property
     def aligned(self) -> bool:

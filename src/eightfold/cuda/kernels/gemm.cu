@@ -6,9 +6,11 @@
 // be shared by several: each stores the sums of its part as a slice of its own, slice 0 being the first part. So results
 // do not depend on timing, nor on the other tokens of a launch of as many token tiles.
 //
-// Codes and activations of the next steps come by asynchronous copies into a ring of DEPTH slots. Lane (g, t) decodes the
-// codes 2 t and 2 t + 1 of rows g and g + 8: each code is the lane's part of two mma over 16 columns, of which the order
-// does not matter as long as the activations have the same; theirs are then 16 bytes in a row.
+// Codes and activations come by asynchronous copies, LEAD steps ahead, into a ring of DEPTH slots. No barrier holds all
+// warps: a slot has one that is passed when every thread's copies are there, and one when every warp is done with it, so
+// that warps drift apart by some steps and keep different units busy. Lane (g, t) decodes the codes 2 t and 2 t + 1 of rows
+// g and g + 8: each code is the lane's part of two mma over 16 columns, of which the order does not matter as long as the
+// activations have the same; theirs are then 16 bytes in a row. Lookups run half a step ahead of the mma.
 //
 // Compiled with E8P_STAGES, E81B_STAGES, TOKENS, M_TILES, WARPS, CTAS (on a multiprocessor), DEPTH, COPIES (of the tables).
 #include "decode.cuh"
@@ -19,6 +21,8 @@ constexpr int ROWS = 16 * M_TILES * WARPS;
 constexpr int CODE_BYTES = 256 * E8P_STAGES + 128 * E81B_STAGES; // of 16 rows by 64 columns: stage, row, code
 constexpr int X_BYTES = 128 * TOKENS;                            // of TOKENS by 64 columns
 constexpr int SLOT = X_BYTES + WARPS * M_TILES * CODE_BYTES;
+constexpr int LEAD = (DEPTH + 1) / 2; // less than DEPTH: a slot is filled that was left some steps ago
+constexpr u32 FULL = TABLES_END + DEPTH * SLOT, EMPTY = FULL + 8 * DEPTH; // barriers of the slots
 
 struct Params {
   const void* codes[STAGES]; // in the order that the strides below say
@@ -39,7 +43,38 @@ __device__ __forceinline__ u32 read_word(u32 at) {
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(at) : "memory");
   return word;
 }
-__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// The next slot of the ring to be filled, read or left.
+struct Slot {
+  u32 at = 0, round = 0;
+  __device__ __forceinline__ u32 address() const { return TABLES_END + at * SLOT; }
+  __device__ __forceinline__ void advance() {
+    if (++at == DEPTH) {
+      at = 0;
+      round ^= 1;
+    }
+  }
+};
+__device__ __forceinline__ void start_barrier(u32 barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void arrive(u32 barrier) {
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(barrier) : "memory");
+}
+// Arrives when all copies that this thread has begun are there.
+__device__ __forceinline__ void arrive_with_copies(u32 barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+// Until the barrier's phase `round` (0 or 1, the phase before the first counts as 1) is over.
+__device__ __forceinline__ void wait(u32 barrier, u32 round) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{ .reg .pred over;\nAGAIN: mbarrier.try_wait.parity.shared.b64 over, [%0], %1;\n@!over bra AGAIN; }"
+               ::"r"(barrier), "r"(round) : "memory");
+#else
+  asm volatile("{ .reg .pred over;\nAGAIN: mbarrier.test_wait.parity.shared.b64 over, [%0], %1;\n@!over bra AGAIN; }"
+               ::"r"(barrier), "r"(round) : "memory");
+#endif
+}
 
 __device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -56,41 +91,72 @@ __device__ __forceinline__ u32 pair_of(float f) { return float_to_half(f) * 0x10
 // Eight weights of one code as pairs of float16, (u - OFFSET / 2) / 512, exactly: a nibble in the last bits of a float16,
 // or in the four before, is u / 2^24, or u / 2^20, of subnormal numbers.
 template <int OFFSET>
-__device__ __forceinline__ void to_pairs(u32 (&pairs)[4], u32 pattern, u32 signs) {
+__device__ __forceinline__ void to_pairs(u32 (&pairs)[4], u32 nibbles) {
   constexpr u32 LOW = 0x000f000f, NEXT = 0x00f000f0, TIMES_2_15 = 0x78007800, TIMES_2_11 = 0x68006800;
   constexpr u32 MINUS = OFFSET == 15 ? 0xa380a380 : 0xa400a400; // -7.5 / 512, -8 / 512
-  const u32 shifted = (pattern ^ signs) >> 8;
-  asm("lop3.b32 %0, %1, %2, %3, 0x28;" : "=r"(pairs[0]) : "r"(pattern), "r"(signs), "n"(LOW)); // (a ^ b) & c
-  asm("lop3.b32 %0, %1, %2, %3, 0x28;" : "=r"(pairs[1]) : "r"(pattern), "r"(signs), "n"(NEXT));
-  pairs[0] = fma_pair(pairs[0], TIMES_2_15, MINUS);
-  pairs[1] = fma_pair(pairs[1], TIMES_2_11, MINUS);
-  pairs[2] = fma_pair(shifted & LOW, TIMES_2_15, MINUS);
-  pairs[3] = fma_pair(shifted & NEXT, TIMES_2_11, MINUS);
+  pairs[0] = fma_pair(nibbles & LOW, TIMES_2_15, MINUS);
+  pairs[1] = fma_pair(nibbles & NEXT, TIMES_2_11, MINUS);
+  pairs[2] = fma_pair(nibbles >> 8 & LOW, TIMES_2_15, MINUS);
+  pairs[3] = fma_pair(nibbles >> 8 & NEXT, TIMES_2_11, MINUS);
 }
 
-// Code number CODE (0 or 1) of one row, all stages: eight weights divided by 256 times the first ratio. The last stage
-// comes first, so that what is rounded on the way is small. ratios[s]: that of stage s + 1 to stage s.
+// Of a warp's rows, a lane's: words of two codes, or the nibbles of one of these codes.
+using Words = u32[M_TILES][2][STAGES];
+
+__device__ __forceinline__ void read_codes(Words& words, u32 from, u32 lane) {
+#pragma unroll
+  for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const u32 tile = from + m * CODE_BYTES;
+#pragma unroll
+      for (int s = 0; s < E8P_STAGES; ++s) words[m][half][s] = read_word(tile + 256 * s + 128 * half + 4 * lane);
+#pragma unroll
+      for (int s = E8P_STAGES; s < STAGES; ++s) {
+        u16 two;
+        asm volatile("ld.shared.u16 %0, [%1];"
+                     : "=h"(two) : "r"(tile + 256 * E8P_STAGES + 64 * half + 2 * lane) : "memory");
+        words[m][half][s] = two;
+      }
+    }
+}
+
+// Of code number CODE (0 or 1) of every word.
 template <int CODE>
-__device__ __forceinline__ void decode(u32 (&weights)[4], const u32 (&words)[STAGES], const u32 (&ratios)[STAGES],
-                                       u32 lane4) {
+__device__ __forceinline__ void find_nibbles(Words& nibbles, const Words& words, u32 lane4) {
+#pragma unroll
+  for (int m = 0; m < M_TILES; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int s = 0; s < STAGES; ++s) {
+        const u32 word = words[m][half][s];
+        nibbles[m][half][s] = s < E8P_STAGES ? look_up<0, 2 * CODE + 1>(word, lane4) ^ look_up<1, 2 * CODE>(word, lane4)
+                                             : look_up<2, CODE>(word, lane4);
+      }
+}
+
+// All stages of one code: eight weights divided by 256 times the first ratio. The last stage comes first, so that what is
+// rounded on the way is small. ratios[s]: that of stage s + 1 to stage s.
+__device__ __forceinline__ void decode(u32 (&weights)[4], const u32 (&nibbles)[STAGES], const u32 (&ratios)[STAGES]) {
 #pragma unroll
   for (int s = STAGES - 1; s >= 0; --s) {
     u32 pairs[4];
-    if (s < E8P_STAGES) to_pairs<15>(pairs, look_up<0, 2 * CODE + 1>(words[s], lane4), look_up<1, 2 * CODE>(words[s], lane4));
-    else to_pairs<16>(pairs, look_up<2, CODE>(words[s], lane4), 0);
+    if (s < E8P_STAGES) to_pairs<15>(pairs, nibbles[s]);
+    else to_pairs<16>(pairs, nibbles[s]);
 #pragma unroll
     for (int i = 0; i < 4; ++i) weights[i] = s == STAGES - 1 ? pairs[i] : fma_pair(weights[i], ratios[s], pairs[i]);
   }
 }
 
-template <int CODE>
-__device__ __forceinline__ void multiply_codes(float (&sums)[M_TILES][N_TILES][4], const u32 (&words)[M_TILES][2][STAGES],
-                                               const u32 (&ratios)[STAGES], u32 x, u32 lane4) {
+// x: where the lane's eight columns of the first tokens lie.
+__device__ __forceinline__ void multiply_codes(float (&sums)[M_TILES][N_TILES][4], const Words& nibbles,
+                                               const u32 (&ratios)[STAGES], u32 x) {
   u32 a[M_TILES][2][4];
 #pragma unroll
   for (int m = 0; m < M_TILES; ++m)
 #pragma unroll
-    for (int half = 0; half < 2; ++half) decode<CODE>(a[m][half], words[m][half], ratios, lane4);
+    for (int half = 0; half < 2; ++half) decode(a[m][half], nibbles[m][half], ratios);
 #pragma unroll
   for (int n = 0; n < N_TILES; ++n) {
     u32 b[4];
@@ -107,6 +173,7 @@ __device__ __forceinline__ void multiply_codes(float (&sums)[M_TILES][N_TILES][4
 // Where a warp's codes lie in global memory, and where its lanes put them: lane l takes row l % 16 of every other tile.
 struct Codes {
   u32 at[(M_TILES + 1) / 2]; // number of the first code of the lane's row in the next step
+  u32 to, to_e81b;           // in the warp's part of a slot
   int tiles;                 // of 16 rows, all there are
 
   __device__ __forceinline__ void start(const Params& p, int row_tile, int step, int warp, int lane) {
@@ -117,48 +184,44 @@ struct Codes {
       at[m] = there ? tile * p.tile_stride + (lane & 15) * p.row_stride + step * p.column_stride : ~0u;
     }
   }
-  __device__ __forceinline__ void copy(const Params& p, u32 to, int lane) { // of the warp's codes in a slot
+  __device__ __forceinline__ void copy(const Params& p, u32 slot) { // of the warp's codes in a slot
 #pragma unroll
     for (int m = 0; m < (M_TILES + 1) / 2; ++m) {
       if (at[m] == ~0u) continue; // no such rows: what lies in the slot is multiplied and not stored
-      const u32 tile = to + (2 * m + (lane >> 4)) * CODE_BYTES;
+      const u32 tile = slot + 2 * m * CODE_BYTES;
 #pragma unroll
       for (int s = 0; s < E8P_STAGES; ++s)
-        copy_async<16>(tile + 256 * s + 16 * (lane & 15), static_cast<const u8*>(p.codes[s]) + 2ull * at[m]);
+        copy_async<16>(tile + 256 * s + to, static_cast<const u8*>(p.codes[s]) + 2ull * at[m]);
 #pragma unroll
       for (int s = 0; s < E81B_STAGES; ++s)
-        copy_async<8>(tile + 256 * E8P_STAGES + 8 * (lane & 15), static_cast<const u8*>(p.codes[E8P_STAGES + s]) + at[m]);
+        copy_async<8>(tile + to_e81b, static_cast<const u8*>(p.codes[E8P_STAGES + s]) + at[m]);
       at[m] += p.column_stride;
     }
   }
 };
 
-// The next 64 columns of a tile of tokens, eight columns a thread and round: eight number e of a token lies in a slot at
-// word e ^ token % 2, so that the lanes of a quarter warp, two tokens by four even or odd eights, read different banks.
+// 64 columns of a tile of tokens, eight columns a thread and round: eight number e of a token lies in a slot at word
+// e ^ token % 2, so that the lanes of a quarter warp, two tokens by four even or odd eights, read different banks. In the
+// place of tokens that are not there comes the last.
 struct Activations {
-  static constexpr int ROUND = 4 * WARPS; // tokens
-  const u16* at;
-  u32 to;     // in a slot
-  int tokens; // that there are from the thread's on
-  int step;
+  static constexpr int ROUND = 4 * WARPS, ROUNDS = (TOKENS + ROUND - 1) / ROUND; // tokens; a tile has
+  u32 at[ROUNDS]; // number of the first element of step 0
+  u32 to;         // in a slot
+  int token;
 
-  __device__ __forceinline__ void start(const Params& p, int token0, int first_step) {
-    const int token = threadIdx.x >> 3, eight = threadIdx.x & 7;
-    at = p.x + (long long)(token0 + token) * p.columns + 64 * first_step + 8 * eight;
+  __device__ __forceinline__ void start(const Params& p, int token0, int thread) {
+    const int eight = thread & 7;
+    token = thread >> 3;
     to = 128 * token + 16 * (eight ^ (token & 1));
-    tokens = min(TOKENS, p.tokens - token0) - token;
-    step = first_step;
-  }
-  __device__ __forceinline__ void copy(const Params& p, u32 slot, int steps) {
 #pragma unroll
-    for (int round = 0; round < (TOKENS + ROUND - 1) / ROUND; ++round)
-      if (round * ROUND < tokens)
-        copy_async<16>(slot + to + 128 * ROUND * round, at + (long long)(round * ROUND) * p.columns);
-    at += 64;
-    if (++step == steps) {
-      step = 0;
-      at -= p.columns;
-    }
+    for (int round = 0; round < ROUNDS; ++round)
+      at[round] = min(token0 + token + round * ROUND, p.tokens - 1) * p.columns + 8 * eight;
+  }
+  __device__ __forceinline__ void copy(const Params& p, u32 slot, int step) const {
+#pragma unroll
+    for (int round = 0; round < ROUNDS; ++round)
+      if ((round + 1) * ROUND <= TOKENS || token < TOKENS - round * ROUND)
+        copy_async<16>(slot + to + 128 * ROUND * round, p.x + (at[round] + 64 * step));
   }
 };
 
@@ -187,74 +250,84 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) gemm(const __grid
   extern __shared__ __align__(1024) u8 dynamic[];
   launch_dependents();
   const u32 base = u32(__cvta_generic_to_shared(dynamic));
-  const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
+  // Through shuffles the compiler cannot see: else it reads the thread's number again in every step.
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), lane = __shfl_sync(0xffffffffu, threadIdx.x & 31, threadIdx.x);
   const u32 steps = p.columns / 64, all = steps * ((p.rows + ROWS - 1) / ROWS), ctas = gridDim.x, cta = blockIdx.x;
   const int count = all * (cta + 1) / ctas - all * cta / ctas;
   const int token0 = blockIdx.y * TOKENS;
   int row_tile = all * cta / ctas / steps, step = all * cta / ctas - row_tile * steps;
 
+  if (threadIdx.x < DEPTH) {
+    start_barrier(FULL + 8 * threadIdx.x, 32 * WARPS);
+    start_barrier(EMPTY + 8 * threadIdx.x, WARPS);
+  }
   // Weights depend on nothing: their first copies go out before the activations are there.
   const u32 my_codes = X_BYTES + warp * M_TILES * CODE_BYTES; // in a slot
   Codes codes;
   codes.tiles = p.rows / 16;
+  codes.to = my_codes + (lane >> 4) * CODE_BYTES + 16 * (lane & 15);
+  codes.to_e81b = my_codes + (lane >> 4) * CODE_BYTES + 256 * E8P_STAGES + 8 * (lane & 15);
   codes.start(p, row_tile, step, warp, lane);
   int next_tile = row_tile, next_step = step;
-  const auto copy_codes = [&](int slot) {
-    codes.copy(p, TABLES_END + slot * SLOT + my_codes, lane);
+  const auto advance = [&] {
     if (++next_step == steps) {
       next_step = 0;
       codes.start(p, ++next_tile, 0, warp, lane);
     }
   };
-  Activations activations;
-  activations.start(p, token0, step);
 #pragma unroll 1
-  for (int d = 0; d < DEPTH - 1; ++d)
-    if (d < count) copy_codes(d);
+  for (int d = 0; d < min(LEAD, count); ++d) {
+    codes.copy(p, TABLES_END + d * SLOT);
+    advance();
+  }
   if (base > TABLES) __trap();
   fill_tables<true>(dynamic - base + TABLES);
   u32 ratios[STAGES]; // of stage s + 1 to stage s; the first stage's own waits until sums are stored
   const float first_ratio = p.ratios[0];
 #pragma unroll
   for (int s = 0; s + 1 < STAGES; ++s) ratios[s] = pair_of(p.ratios[s + 1] / p.ratios[s]);
+  __syncthreads(); // barriers and tables
   wait_for_previous();
+  Slot filled, left, next; // that are filled, multiplied and left, read ahead
+  Activations activations;
+  activations.start(p, token0, 32 * warp + lane);
 #pragma unroll 1
-  for (int d = 0; d < DEPTH - 1; ++d) {
-    if (d < count) activations.copy(p, TABLES_END + d * SLOT, steps);
-    commit();
-  }
+  for (int d = 0, of_slot = step; d < LEAD; ++d, filled.advance())
+    if (d < count) {
+      activations.copy(p, filled.address(), of_slot);
+      arrive_with_copies(FULL + 8 * filled.at);
+      if (++of_slot == steps) of_slot = 0;
+    }
 
   const u32 of_lane = COPIES == 32 ? 4 * lane : 0, g = lane >> 2, t = lane & 3;
-  const u32 x0 = 128 * g + 16 * (2 * t + (g & 1)), x1 = x0 ^ 16;
+  const u32 x0 = 128 * g + 16 * (2 * t + (g & 1));
   float sums[M_TILES][N_TILES][4] = {};
-  for (int i = 0, slot = 0; i < count; ++i) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 2) : "memory");
-    __syncthreads(); // everybody's copies are there, and the slot before this one is free
-    if (i + DEPTH - 1 < count) {
-      const int free = slot == 0 ? DEPTH - 1 : slot - 1;
-      copy_codes(free);
-      activations.copy(p, TABLES_END + free * SLOT, steps);
+  Words words, nibbles;
+  wait(FULL, 0);
+  read_codes(words, TABLES_END + my_codes, lane);
+  find_nibbles<0>(nibbles, words, of_lane);
+  next.advance();
+  for (int i = 0; i < count; ++i) {
+    if (i + LEAD < count) {
+      wait(EMPTY + 8 * filled.at, filled.round ^ 1);
+      codes.copy(p, filled.address());
+      activations.copy(p, filled.address(), next_step);
+      arrive_with_copies(FULL + 8 * filled.at);
+      advance();
+      filled.advance();
     }
-    commit();
-    const u32 at = TABLES_END + slot * SLOT;
-    u32 words[M_TILES][2][STAGES];
-#pragma unroll
-    for (int m = 0; m < M_TILES; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const u32 tile = at + my_codes + m * CODE_BYTES;
-#pragma unroll
-        for (int s = 0; s < E8P_STAGES; ++s) words[m][half][s] = read_word(tile + 256 * s + 128 * half + 4 * lane);
-#pragma unroll
-        for (int s = E8P_STAGES; s < STAGES; ++s) {
-          u16 two;
-          asm volatile("ld.shared.u16 %0, [%1];" : "=h"(two) : "r"(tile + 256 * E8P_STAGES + 64 * half + 2 * lane));
-          words[m][half][s] = two;
-        }
-      }
-    multiply_codes<0>(sums, words, ratios, at + x0, of_lane);
-    multiply_codes<1>(sums, words, ratios, at + x1, of_lane);
-    if (++slot == DEPTH) slot = 0;
+    if (i + 1 < count) wait(FULL + 8 * next.at, next.round);
+    const u32 at = left.address();
+    Words second;
+    find_nibbles<1>(second, words, of_lane);
+    read_codes(words, next.address() + my_codes, lane); // after the last step: whatever is there
+    multiply_codes(sums, nibbles, ratios, at + x0);
+    find_nibbles<0>(nibbles, words, of_lane);
+    multiply_codes(sums, second, ratios, at + (x0 ^ 16));
+    __syncwarp();
+    if (lane == 0) arrive(EMPTY + 8 * left.at);
+    left = next;
+    next.advance();
     if (++step < steps && i + 1 < count) continue;
     const u32 owner = ((row_tile * steps + 1) * ctas - 1) / all; // the CTA of the row tile's first step
     const int row0 = row_tile * ROWS + 16 * M_TILES * warp;

@@ -275,6 +275,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
   extern __shared__ __align__(1024) u8 dynamic[];
   launch_dependents();
   const u32 base = u32(__cvta_generic_to_shared(dynamic));
+  if (base > TABLES) __trap();
   u8* const shared = dynamic - base; // shared[a] is the byte at shared address a
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
   const int slice = blockIdx.x / p.ctas, cta = blockIdx.x - slice * p.ctas;
@@ -284,6 +285,20 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
   const int tile0 = ROWS * (u32(groups * cta) / p.ctas), tile1 = min(ROWS * (u32(groups * (cta + 1)) / p.ctas), tiles);
   const int all = (tile1 - tile0 + ROWS - 1) / ROWS * units;
   const int first = u32(all * warp) / WARPS, last = u32(all * (warp + 1)) / WARPS;
+
+  const int row0 = 16 * tile0, row1 = min(16 * tile1, p.padded);
+  // Shared memory after the rings: activations; the output's pieces; of every token largest magnitude, sum and scale;
+  // sums; flags of pieces.
+  const int most = (tile1 - tile0) / 16 + 2 + MAX_RUNS; // pieces: whole ones, parts of two, a short one for each run
+  const int words = 8 * p.tokens; // 16-byte words of activations in a step
+  uint4* const activations = reinterpret_cast<uint4*>(shared + RINGS_END);
+  Piece* const pieces = reinterpret_cast<Piece*>(activations + 4 * units * words);
+  u32* const reduced = reinterpret_cast<u32*>(pieces + most);
+  float* const factors = reinterpret_cast<float*>(reduced + 2 * p.tokens);
+  u32* const sums = reduced + 3 * p.tokens;
+  u32* const done = sums + (tile1 - tile0) * STAGES * p.tokens * 16;
+  // By one thread, and first: parameters that nobody has read yet take their time.
+  if (threadIdx.x == 32 * WARPS - 1) done[most] = find_pieces(p.runs, row0, row1, pieces);
 
   // Weights depend on nothing: their first loads go out before the activations are there.
   int tile = tile0 + ROWS * (u32(first) / units), unit = first - (tile - tile0) / ROWS * units;
@@ -318,27 +333,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
       if (segments[s].begin >= 0) scales[s] = load8_raw(p.scale_in, k, min(segments[s].end, p.columns), p.scale_dtype);
     }
 
-  if (base > TABLES) __trap();
   fill_tables(shared + TABLES);
-  const int row0 = 16 * tile0, row1 = min(16 * tile1, p.padded);
   for (int row = row0 + 32 * threadIdx.x; row < min(row1, p.features); row += 32 * 32 * WARPS) {
     prefetch(static_cast<const u8*>(p.scale_out) + row * (p.scale_dtype == FLOAT32 ? 4 : 2));
     if (p.bias) prefetch(static_cast<const u8*>(p.bias) + row * (p.bias_dtype == FLOAT32 ? 4 : 2));
   }
-  // Shared memory after the rings: activations; the output's pieces; of every token largest magnitude, sum and scale;
-  // sums; flags of pieces.
-  const int most = (tile1 - tile0) / 16 + 2 + MAX_RUNS; // pieces: whole ones, parts of two, a short one for each run
-  const int words = 8 * p.tokens; // 16-byte words of activations in a step
-  uint4* const activations = reinterpret_cast<uint4*>(shared + RINGS_END);
-  Piece* const pieces = reinterpret_cast<Piece*>(activations + 4 * units * words);
-  u32* const reduced = reinterpret_cast<u32*>(pieces + most);
-  float* const factors = reinterpret_cast<float*>(reduced + 2 * p.tokens);
-  u32* const sums = reduced + 3 * p.tokens;
-  u32* const done = sums + (tile1 - tile0) * STAGES * p.tokens * 16;
-  if (threadIdx.x == 32 * WARPS - 1) done[most] = find_pieces(p.runs, row0, row1, pieces);
   float ratios[STAGES];
 #pragma unroll
-  for (int s = 0; s < STAGES; ++s) ratios[s] = 0.25f * p.ratios[s];
+  for (int s = 0; s < STAGES; ++s) ratios[s] = p.ratios[s];
   for (int i = threadIdx.x; i < 3 * p.tokens + (tile1 - tile0) * STAGES * p.tokens * 16; i += 32 * WARPS) reduced[i] = 0;
   if (p.planes) {
     __syncthreads(); // the zeros
@@ -436,7 +438,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
           v += ratios[s] * float(int(2 * u - (s < E8P_STAGES ? 15 : 16) * reduced[2 * token + 1]));
         }
         p.partial[((long long)slice * p.tokens + token) * p.pitch +
-                  (p.counters ? piece.number * SEGMENT + row - piece.begin : row)] = v * factors[token];
+                  (p.counters ? piece.number * SEGMENT + row - piece.begin : row)] = 0.25f * v * factors[token];
       }
   }
   if (!p.counters) return; // rotate_output does the rest

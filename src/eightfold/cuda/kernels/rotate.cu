@@ -128,28 +128,28 @@ __device__ __forceinline__ void load_sum(float (&v)[8], const RotateParams& p, i
   }
 }
 
-// The kernels for blocks up to 256: a warp holds ITEMS segments at a time, so that as many loads are in flight.
+// The kernels for blocks up to 256: a warp holds several segments at a time, so that as many loads are in flight.
 constexpr int ITEMS = 4;
 constexpr int ROW_THREADS = 896; // most of rotate_input: a row is ITEMS segments of each warp
 
-// x, scaled and rotated, as float16 for a matrix product, divided by a power of two. A CTA takes row after row, each in
-// registers as a whole: its divisor must be known before it is written.
-extern "C" __global__ void __launch_bounds__(ROW_THREADS) rotate_input(const __grid_constant__ RotateParams p) {
-  __shared__ float squares_of[2][32];
-  launch_dependents();
+// Rows of the input side, of which each warp holds up to COUNT segments.
+template <int COUNT>
+__device__ __forceinline__ void rotate_rows(const RotateParams& p, float (&squares_of)[2][32]) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
-  int places[ITEMS]; // 16 times the first coordinate of the lane, or `end` for none, and the log
+  int places[COUNT]; // 16 times the first coordinate of the lane, or `end` for none, and the log
 #pragma unroll
-  for (int i = 0; i < ITEMS; ++i) {
+  for (int i = 0; i < COUNT; ++i) {
     const Segment segment = find_segment(p.runs, 0, p.end, warp + i * warps);
     const int k = segment.begin + 8 * lane;
     places[i] = 16 * (segment.begin >= 0 && k < segment.end ? k : p.end) + segment.log;
+    if (segment.begin >= 0 && k < p.features)
+      prefetch(static_cast<const u8*>(p.scale) + k * (p.scale_dtype == FLOAT32 ? 4 : 2));
   }
   Butterfly b = butterfly(places[0] & 15);
   wait_for_previous();
   for (int token = blockIdx.x, turn = 0; token < p.tokens; token += gridDim.x, turn ^= 1) {
     const long long row = token * p.x_stride, out = (long long)token * p.end;
-    uint4 packed[ITEMS];
+    uint4 packed[COUNT];
     float squares = 0;
     const auto scaled = [&](float(&v)[8], int i) {
       float scale[8];
@@ -159,9 +159,9 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) rotate_input(const __g
       for (int k = 0; k < 8; ++k) v[k] *= scale[k];
     };
 #pragma unroll
-    for (int i = 0; i < ITEMS; ++i) packed[i] = load8_packed(p.x, row + (places[i] >> 4), row + p.features);
+    for (int i = 0; i < COUNT; ++i) packed[i] = load8_packed(p.x, row + (places[i] >> 4), row + p.features);
 #pragma unroll
-    for (int i = 0; i < ITEMS; ++i) {
+    for (int i = 0; i < COUNT; ++i) {
       float v[8];
       scaled(v, i);
 #pragma unroll
@@ -174,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) rotate_input(const __g
     if (threadIdx.x == 0) p.divisors[token] = divisor;
     const float inverse = 1.f / divisor;
 #pragma unroll
-    for (int i = 0; i < ITEMS; ++i) {
+    for (int i = 0; i < COUNT; ++i) {
       // Without this the compiler keeps what it unpacked before the barrier: 32 registers that are not there.
       asm volatile("" : "+r"(packed[i].x), "+r"(packed[i].y), "+r"(packed[i].z), "+r"(packed[i].w));
       const int log = places[i] & 15;
@@ -187,6 +187,17 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) rotate_input(const __g
       store8(p.y, out + (places[i] >> 4), out + p.end, FLOAT16, v);
     }
   }
+}
+
+// x, scaled and rotated, as float16 for a matrix product, divided by a power of two. A CTA takes row after row, each in
+// registers as a whole: its divisor must be known before it is written.
+extern "C" __global__ void __launch_bounds__(ROW_THREADS) rotate_input(const __grid_constant__ RotateParams p) {
+  __shared__ float squares_of[2][32];
+  launch_dependents();
+  const int warps = blockDim.x >> 5;
+  if (find_segment(p.runs, 0, p.end, warps).begin < 0) rotate_rows<1>(p, squares_of);
+  else if (find_segment(p.runs, 0, p.end, 2 * warps).begin < 0) rotate_rows<2>(p, squares_of);
+  else rotate_rows<ITEMS>(p, squares_of);
 }
 
 // The output side: add the slices, if there are some, rotate back, then scales and bias. A warp keeps to its segment,
