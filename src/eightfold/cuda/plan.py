@@ -319,7 +319,9 @@ def make_plan(blocks: tuple[int, ...], rows: int, variant: Variant, tokens: int,
     groups = -(-tiles // variant.rows)
     limit = variant.shared_limit(shared)
     best: tuple[float, Plan] | None = None
-    longest = 4 * UNIT * (variant.warps // 8) if 1 < tokens <= ALONE_TOKENS else MAX_SLICE
+    room = 4 * (variant.warps // 8) if 1 < tokens <= ALONE_TOKENS else MAX_SLICE // UNIT  # units that warps rotate
+    every = pairwise(_even(cuts, total, MAX_SLICES))
+    longest = UNIT * room if all(b - a <= UNIT * room for a, b in every) else MAX_SLICE  # quantize_input rotates then
     least = -(-total // longest)
     for wanted, resident in product(range(least, MAX_SLICES + 1), range(1, variant.ctas + 1)):
         if best is not None and wanted > 2 * least + 30:
@@ -344,7 +346,7 @@ def make_plan(blocks: tuple[int, ...], rows: int, variant: Variant, tokens: int,
         if resident < variant.ctas:
             cost = 1.2 * cost - 1.4  # fewer warps, but the next launch can start beside this one
         alone = len(chunks) == len(slices) and max(blocks[::2]) <= UNIT
-        alone = alone and all(segments(blocks, *borders) <= longest // UNIT for borders in pairwise(slices))
+        alone = alone and all(segments(blocks, *borders) <= room for borders in pairwise(slices))
         if best is None or cost < best[0]:
             best = cost, Plan(slices, chunks, ctas, alone)
     if best is None:
