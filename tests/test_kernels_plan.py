@@ -222,7 +222,7 @@ def evaluate(expression: str, names: dict[str, int]) -> int:
 def matvec_constants(chosen) -> dict[str, int]:
     """Macros, and integer constants at the outermost level, of matvec.cu and its headers."""
     names = dict(chosen.defines)
-    for file in ("common.cuh", "quantize.cuh", "decode.cuh", "matvec.cu"):
+    for file in ("common.cuh", "quantize.cuh", "decode.cuh", "matvec.cu", "units.cuh"):
         for line in re.findall(r"^constexpr (?:int|u32) ([^;]+);", source(file), re.MULTILINE):
             for name, expression in re.findall(r"(\w+) = ([^,]+)", line):
                 names[name] = evaluate(re.sub(r"\b(0x\w+)u\b", r"\1", expression), names)
