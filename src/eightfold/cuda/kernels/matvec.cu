@@ -1,12 +1,13 @@
-// The whole linear for up to 16 tokens: decode, multiply on integer tensor cores, rotate back. The activations come from
-// quantize_input, or, of one token, are rotated and quantized here by every CTA that needs them.
+// The linear for up to 16 tokens: decode, multiply on integer tensor cores, and rotate back if counters are given, else
+// leave that to rotate_output. The activations come from quantize_input, or, of up to ALONE tokens, are rotated and
+// quantized here by every CTA that needs them.
 //
 // A CTA owns some tiles of 16 rows over one slice of the input; its warps share out the units of those, ROWS tiles by 256
 // columns, and copy the codes into rings of their own in shared memory, DEPTH units ahead. Of a unit lane (g, t) takes 64
-// columns of rows g and g + 8, 16 bytes an E8P stage and row: four words of two codes, word j being the A operand of step j.
-// The sums are exact integers, added up in shared memory in any order; a CTA turns its
-// sums into floats and stores them; the CTA that completes a block of the output rotation adds the slices in their order
-// and finishes the block. So results do not depend on timing, nor on the tokens beside one.
+// columns of rows g and g + 8, 16 bytes an E8P stage and row: four words of two codes, word j being the A operand of step
+// j. The sums are exact integers, added up in shared memory in any order; a CTA turns its sums into floats and stores them;
+// the CTA that completes a block of the output rotation adds the slices in their order and finishes the block. So results
+// do not depend on timing, nor on the tokens beside one.
 //
 // Compiled with E8P_STAGES, E81B_STAGES, TILES (of 8 columns: a token is two, its high and low planes), ROWS, WARPS, CTAS
 // (on a multiprocessor), DEPTH, COPIES (of the tables), ALIGNED (whole tiles and steps, 16-byte copies).
