@@ -341,9 +341,17 @@ def warp_segments(blocks, plan: Plan) -> int:
 def warp_room(chosen) -> int:
     """Segments of a token that the warps of a matvec hold, as its sources say."""
     names = matvec_constants(chosen)
-    alone, group = names["ALONE"], chosen.warps // max(names["ALONE"], 1)
-    assert alone == (CLASS_OF[chosen.tiles] if chosen.tiles < 4 else 0) <= ALONE_TOKENS
-    return -(-names["ALONE_SEGMENTS"] // group) * group
+    assert names["ALONE"] == (CLASS_OF[chosen.tiles] if chosen.tiles < 4 else 0) <= ALONE_TOKENS
+    group = chosen.warps // max(names["ALONE"], 1)
+    assert names["ALONE_SEGMENTS"] % group == 0  # none of a warp's is for nothing
+    return names["ALONE_SEGMENTS"]
+
+
+def longest_slice(blocks, total: int, chosen) -> int:
+    """Columns: what the warps hold, if as many slices as there can be are no longer; else what sums have room for."""
+    even = planning._even(planning._cuts(blocks), total, MAX_SLICES)
+    held = UNIT * warp_room(chosen)
+    return held if all(b - a <= held for a, b in pairwise(even)) else MAX_SLICE
 
 
 def check_plan(plan: Plan, blocks, rows, chosen, shared) -> None:
@@ -352,7 +360,8 @@ def check_plan(plan: Plan, blocks, rows, chosen, shared) -> None:
     lengths = [b - a for a, b in pairwise(plan.slices)]
     assert plan.slices[0] == 0
     assert plan.slices[-1] == total
-    assert all(0 < length <= MAX_SLICE for length in lengths)
+    assert min(lengths) > 0
+    assert max(lengths) <= longest_slice(blocks, total, chosen) <= MAX_SLICE
     assert plan.count == len(lengths) <= MAX_SLICES
     assert all(start % (64 if total % 64 == 0 else 8) == 0 for start in plan.slices[:-1])
     groups = -(-tiles // chosen.rows)
@@ -435,6 +444,18 @@ def test_the_longest_slice_of_a_default_layout(seed):
         for shared in DEVICES:
             chosen = rng.choice(aligned_variants(shared))
             check_plan(plan_of(blocks, 65536, chosen, shared), blocks, 65536, chosen, shared)
+
+
+@pytest.mark.parametrize("shared", DEVICES)
+def test_slices_that_no_warps_hold_are_quantized_ahead(shared):
+    """Of 64,000 columns in such blocks some of 64 slices are longer than the 1,024 that 8 warps hold of 8 tokens."""
+    blocks = flat(layout_blocks(64000, "pow2-sum-256", IN_FLOOR, 8))
+    few = [chosen for chosen in aligned_variants(shared) if CLASS_OF[chosen.tiles] == ALONE_TOKENS]
+    assert 8 in {chosen.warps for chosen in few}
+    for chosen in few:
+        plan = plan_of(blocks, 4096, chosen, shared)
+        check_plan(plan, blocks, 4096, chosen, shared)
+        assert plan.alone == (chosen.warps == 16)
 
 
 @pytest.mark.parametrize("shared", DEVICES)
@@ -743,11 +764,12 @@ def check_workspace(gpu, matvec, plan, weight, tokens) -> None:
     """Every piece is in the workspace, is as large as the kernels use it, and shares nothing with another."""
     assert all(a + size <= b for (a, size), (b, _) in pairwise(gpu.pieces))
     room = {at: size for at, size in gpu.pieces if size}
-    assert room[matvec.partial] == 4 * plan.count * tokens * pitch(weight, matvec.counters != 0)
+    assert room.pop(matvec.partial) == 4 * plan.count * tokens * pitch(weight, matvec.counters != 0)
     if matvec.planes:
-        assert room[matvec.planes] == plan.units * 8 * 4 * 16 * tokens
-        assert room[matvec.scales] >= 4 * plan.count * tokens
-        assert room[matvec.sums] >= 4 * plan.count * tokens
+        assert room.pop(matvec.planes) == plan.units * 8 * 4 * 16 * tokens
+        assert room.pop(matvec.scales) == 4 * plan.count * tokens
+        assert room.pop(matvec.sums) == 4 * plan.count * tokens
+    assert not room
 
 
 def check_decode(gpu, x, weight, bias, y) -> list[str]:
@@ -763,6 +785,7 @@ def check_decode(gpu, x, weight, bias, y) -> list[str]:
         check_quantize(quantize, x, weight, plan, matvec.p, gpu.shared)
     else:
         assert plan.alone
+        assert len(x) <= ALONE_TOKENS
         assert (matvec.p.planes, matvec.p.scales, matvec.p.sums) == (0, 0, 0)
     assert bool(matvec.p.counters) == (gpu.launches[-1] is matvec)
     if not matvec.p.counters:
@@ -1063,6 +1086,8 @@ def test_shells_are_a_dense_product_for_any_number_of_tokens(gpu, monkeypatch, t
     assert (p.ratios, p.points) == (address(weight.ratios), address(table))
     assert (p.row_stride, p.column_stride, p.tile_stride) == weight.strides
     assert (p.row0, p.rows, p.columns) == (0, 208, 120)
+    assert 1 <= gpu.launches[1].grid <= 4 * gpu.processors
+    assert (gpu.launches[1].block, gpu.launches[1].overlap) == (256, tiled)
 
 
 @pytest.mark.parametrize("dtypes", [
@@ -1289,7 +1314,15 @@ def test_the_operator_on_a_gpu(on_gpu):
     blocks = (list(weight.in_blocks), list(weight.out_blocks))
     for shape in ((960,), (0, 960), (3, 960), (2, 0, 960), (3, 3, 960)):
         assert layers._on_gpu(torch.randn(shape).half(), *rest, *blocks).shape == (*shape[:-1], 200)
-    assert on_gpu.names() == ["matvec", "matvec", *finishing(3), "quantize_input", "matvec", *finishing(9)]
+    assert on_gpu.names() == [
+        "matvec",
+        *finishing(1),
+        "matvec",
+        *finishing(3),
+        "quantize_input",
+        "matvec",
+        *finishing(9),
+    ]
     on_gpu.launches.clear()
     x = torch.randn(2, 960)
     assert torch.equal(layers._on_gpu(x, *rest, *blocks), layers._reference(x, *rest, *blocks))

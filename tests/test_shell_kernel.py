@@ -32,7 +32,7 @@ struct uint2 { unsigned x, y; };
 struct uint4 { unsigned x, y, z, w; };
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-struct Index { unsigned x, y; };
+struct Index { unsigned x; };
 static Index blockIdx, threadIdx, blockDim, gridDim;
 template <class T> static T __ldg(const T* p) { return *p; }
 static float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }
@@ -42,12 +42,11 @@ static void __syncthreads() {}
 static void __syncwarp() {}
 """
 _AFTER = """
-extern "C" void run(const Params* p, unsigned across, unsigned down, unsigned block) {
-    gridDim.x = across, gridDim.y = down, blockDim.x = block;
-    for (blockIdx.y = 0; blockIdx.y < down; ++blockIdx.y)
-        for (blockIdx.x = 0; blockIdx.x < across; ++blockIdx.x)
-            for (threadIdx.x = 0; threadIdx.x < block; ++threadIdx.x)
-                dequantize_shell(*p);
+extern "C" void run(const Params* p, unsigned blocks, unsigned threads) {
+    gridDim.x = blocks, blockDim.x = threads;
+    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x)
+        for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x)
+            dequantize_shell(*p);
 }
 """
 
@@ -82,7 +81,7 @@ def test_weights_are_those_of_decode(bits, tiled, tmp_path):
     tensors = weight.ratios, doubled_points(), found
     p = Params(addresses, *(t.data_ptr() for t in tensors), *weight.strides, row, rows, 24)
     # Fewer threads than codes, and a block that is no divisor of anything.
-    ctypes.CDLL(str(tmp_path / "shell.so")).run(ctypes.byref(p), 1, 7, 5)
+    ctypes.CDLL(str(tmp_path / "shell.so")).run(ctypes.byref(p), 7, 5)
     expected = packed.recipe.decode(packed.codes).flatten(1)
     torch.testing.assert_close(found[:rows], expected[row : row + rows], rtol=1e-6, atol=1e-6)
     assert bool(found[rows:].isnan().all())
