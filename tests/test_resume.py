@@ -102,9 +102,12 @@ def test_killed_at_random_moments(worker: Worker, model: Path, expected: dict[st
     assert worker.run(model, out, bits=3)["status"] == 0
     whole, old = time.perf_counter() - start, files_of(out)
     shutil.copytree(out, tmp_path / "old")
-    kills = 0
-    for _ in range(3):
+    rounds = kills = 0
+    while rounds < 3 or kills < 3:
+        rounds += 1
+        assert rounds < 20
         for attempt in range(6):
+            start = time.perf_counter()
             pid = worker.start(model, out)
             if attempt < 5:
                 time.sleep(rng.uniform(0.01, 0.4) * whole)
@@ -112,6 +115,8 @@ def test_killed_at_random_moments(worker: Worker, model: Path, expected: dict[st
                     os.kill(pid, signal.SIGKILL)
             end = worker.end()
             if end["status"] == 0:
+                if attempt == 0:  # it was over before its kill: the machine has become faster
+                    whole = time.perf_counter() - start
                 break
             assert end["status"] == -signal.SIGKILL, end
             kills += 1
@@ -120,7 +125,6 @@ def test_killed_at_random_moments(worker: Worker, model: Path, expected: dict[st
         assert not partial_path(out).exists()
         shutil.rmtree(out)
         shutil.copytree(tmp_path / "old", out)
-    assert kills >= 3
 
 
 @pytest.mark.parametrize(
