@@ -125,6 +125,7 @@ class Variant:
         return self.fixed_bytes + activations + pieces + 12 * tokens + sums
 
 
+@cache
 def variant(stages: Stages, tiles: int, shared: int, aligned: bool) -> Variant:
     """The matvec for up to 4 * `tiles` tokens where a CTA can have `shared` bytes of shared memory: what measured
     fastest on an H200 among those whose warps find their registers (65,536 a multiprocessor) without spilling."""
@@ -192,6 +193,7 @@ class Gemm:
         return table_bytes(self.stages, self.copies) + self.depth * self.slot_bytes
 
 
+@cache
 def gemm_variant(stages: Stages, tokens: int, shared: int, rows: int = MAX_FEATURES) -> Gemm:
     """The gemm for so many tokens and rows where a CTA can have `shared` bytes: as many warps as find their registers
     without spilling, fewer for few rows, whose tiles fewer CTAs then share; tables for every lane if that leaves room

@@ -133,6 +133,13 @@ __device__ __forceinline__ void store8(void* p, long long i, long long end, int 
 // Into L2, for what is read once, late, and by a kernel that has nothing to do yet.
 __device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
+// 16 bytes, past L1 since codes are read once, or fewer, which only L1 takes, into shared memory: done when waited for.
+template <int BYTES>
+__device__ __forceinline__ void copy_async(u32 to, const void* from) {
+  if (BYTES == 16) asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+  else asm volatile("cp.async.ca.shared.global.L2::256B [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(BYTES) : "memory");
+}
+
 // 2^(-log/2), the norm of a Hadamard matrix of order 2^log.
 __device__ __forceinline__ float hadamard_norm(int log) {
   return __uint_as_float(u32(127 - (log >> 1)) << 23) * (log & 1 ? 0.70710678118654752f : 1.f);

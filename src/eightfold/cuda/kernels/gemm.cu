@@ -33,11 +33,6 @@ struct Params {
   int tokens, columns, rows, slices;          // rows: a multiple of 16; columns: of 64
 };
 
-template <int BYTES>
-__device__ __forceinline__ void copy_async(u32 to, const void* from) {
-  if (BYTES == 16) asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-  else asm volatile("cp.async.ca.shared.global.L2::256B [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(BYTES) : "memory");
-}
 __device__ __forceinline__ u32 read_word(u32 at) {
   u32 word;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(at) : "memory");

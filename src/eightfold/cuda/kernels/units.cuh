@@ -28,11 +28,6 @@ __device__ __forceinline__ void advance(Cursor& c, int units, const Params& p) {
 }
 
 #if ALIGNED
-template <int BYTES>
-__device__ __forceinline__ void copy_async(u32 to, const u8* from) { // weights are read once: not through L1 if possible
-  if (BYTES == 16) asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-  else asm volatile("cp.async.ca.shared.global.L2::256B [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
-}
 // A lane copies 64 columns of one row at a time, of the row lane % 16, so that a warp reads consecutive memory. They lie in
 // shared memory by steps of 64 columns, then rows; the rows of a step are exchanged so that the lanes (g, t) that read
 // together, a row or two of every step, find theirs in different banks. `steps`: of 64 columns that the unit has; outside
