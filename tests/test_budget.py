@@ -31,9 +31,9 @@ LAYERS = (
     ("preflight",),
     ("gate", "spread"),
     ("pipeline", "inspect", "console", "convert"),
-    ("report", "verify"),
-    ("demo",),
-    ("commands",),
+    ("report", "verify", "card", "batch"),
+    ("demo", "push"),
+    ("commands", "publishing"),
     ("cli",),
     ("__main__",),
 )
