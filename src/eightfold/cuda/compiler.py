@@ -143,7 +143,9 @@ def nvrtc_version() -> tuple[int, int, str]:
 
 
 def _options(arch: int, defines: Mapping[str, int | str]) -> list[str]:
-    fixed = ["--std=c++17", f"--gpu-architecture=sm_{arch}", "-default-device", "-lineinfo"]
+    # 9.0 runs no other cubins than its own anyway; with the letter they may hold what only it has, warpgroup mma.
+    target = "sm_90a" if arch == 90 else f"sm_{arch}"
+    fixed = ["--std=c++17", f"--gpu-architecture={target}", "-default-device", "-lineinfo"]
     return fixed + [f"-D{name}={value}" for name, value in sorted(defines.items())]
 
 
