@@ -93,8 +93,8 @@ template <int LEFT>
 __device__ __forceinline__ void wait_for_mma() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 }
-// Of activations at a shared address: rows of 128 bytes, swizzled, eight of them 1,024 bytes apart from the next eight.
-__device__ __forceinline__ u64 descriptor(u32 address) { return u64(address >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62; }
+// Of activations at 16 times a shared address: rows of 128 bytes, swizzled, eight of them 1,024 bytes from the next eight.
+__device__ __forceinline__ u64 descriptor(u32 sixteenth) { return u64(sixteenth | 1 << 16) | 64ull << 32 | 1ull << 62; }
 
 // --- clusters
 
@@ -295,7 +295,7 @@ __device__ __forceinline__ void multiply_codes(float (&sums)[M_TILES][SUMS], u32
   for (int k = 0; k < 2; ++k)
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m)
-      start_mma(sums[m], a[m][k], descriptor(x + 64 * CODE + 32 * k), k ? 1 : add);
+      start_mma(sums[m], a[m][k], descriptor(x) + (4 * CODE + 2 * k), k ? 1 : add);
   commit_mma();
 }
 
@@ -322,11 +322,11 @@ __device__ __forceinline__ void multiply_steps(const Params& p, Share share, u32
     for (int i = 0; i < steps; ++i) { // lookups run half a step ahead of what decodes
       find_nibbles<1>(second, words, of_lane);
       wait_for_mma<1>(); // those of the first codes of the step before
-      multiply_codes<0>(sums, a[0], nibbles, ratios, slot.address(), i);
+      multiply_codes<0>(sums, a[0], nibbles, ratios, slot.address() / 16, i);
       if (AHEAD) read_codes(words, next.address() + my_codes, lane); // after the last step: whatever is there
       wait_for_mma<1>(); // those of the second
       if (i) arrive_everywhere(EMPTY + 8 * before, lane);
-      multiply_codes<1>(sums, a[1], second, ratios, slot.address(), 1);
+      multiply_codes<1>(sums, a[1], second, ratios, slot.address() / 16, 1);
       before = slot.at, slot = next;
       next.advance();
       if (AHEAD && i + 2 < share.count) wait(FULL + 8 * next.at, next.round);
