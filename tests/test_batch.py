@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -308,6 +309,34 @@ def _child_of(parent: int, working: Path) -> int:
         time.sleep(0.02)
     (child,) = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
     return int(child)
+
+
+def test_an_interrupt_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process gets it once, ends in order, and is waited for."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text(f"""#!{sys.executable}
+import sys, time
+print("begun", file=sys.stderr, flush=True)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("in order", file=sys.stderr, flush=True)
+""")
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stand_in))
+    log = tmp_path / "log"
+
+    def interrupt() -> None:
+        while not log.exists() or "begun" not in log.read_text():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        batch.run_command(["quantize"], log, tmp_path)
+    thread.join()
+    assert "in order" in log.read_text()
 
 
 def test_a_process_that_dies(tmp_path: Path) -> None:

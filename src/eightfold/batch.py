@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shlex
 import signal
@@ -288,11 +289,11 @@ def run_command(
         try:
             out, _ = child.communicate()
         except KeyboardInterrupt:
-            child.send_signal(signal.SIGINT)
+            os.killpg(child.pid, signal.SIGINT)
             try:
                 child.communicate(timeout=PATIENCE)
             except subprocess.TimeoutExpired:
-                child.kill()
+                os.killpg(child.pid, signal.SIGKILL)
                 child.communicate()
             raise
         status = child.returncode
