@@ -35,13 +35,14 @@ class Repo:
 
 
 class FakeHub:
-    """A server on a free port; `url` is its endpoint. `damage`: name of a file of which downloads lack the last byte's
-    truth."""
+    """A server on a free port; `url` is its endpoint. `damage`: name of a file whose downloads end with another byte,
+    `lost`: of one that cannot be downloaded."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
         self.damage: str | None = None
+        self.lost: str | None = None
         self.refuse_commits = self.refuse_files = False
         self.requests: list[str] = []
         hub = self
@@ -190,6 +191,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         data = files[file]
         entity = hashlib.sha256(data).hexdigest()
+        if file == self.fake.lost:
+            self._answer(403, {"error": "lost"})
+            return
         if file == self.fake.damage:
             data = data[:-1] + bytes([data[-1] ^ 1])
         self._send(200, data, {"ETag": f'"{entity}"', "X-Repo-Commit": found.head}, method != "HEAD")

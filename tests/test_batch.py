@@ -276,7 +276,7 @@ def test_one_batch_works_on_a_list_at_a_time(jobs, capsys, ran) -> None:
 
 def test_killed_and_begun_again(jobs, tmp_path: Path) -> None:
     """SIGKILL of a batch: the list stays locked while its job lives. SIGKILL of the job: reported, and it goes on."""
-    file = jobs({"bits": 2, "name": "a", "exclude": ["*.q_proj"]})
+    file = jobs({"bits": 2, "name": "a"})
     command = [sys.executable, "-m", "eightfold", "batch", str(file), "--json"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     first = subprocess.Popen(command, **pipes)

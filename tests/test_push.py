@@ -207,6 +207,15 @@ def test_a_failing_smoke_test_leaves_it_private(copy: Path, base: Path, hub: Fak
     assert content["problems"]
 
 
+def test_an_upload_that_cannot_be_downloaded_stays_private(copy: Path, base: Path, hub: FakeHub, capsys) -> None:
+    hub.lost = "config.json"
+    status, _, err = run(capsys, "push", copy, "me/tiny", "--base", base, "--public")
+    assert status == 1
+    assert "the smoke test failed, the repository stays private: it cannot be tried out: " in err
+    assert hub.repos["me/tiny"].private
+    assert sorted(path.name for path in copy.parent.iterdir()) == ["tiny-2bit"]
+
+
 def test_a_model_that_repeats_itself_fails_the_smoke_test(copy: Path, base: Path, hub: FakeHub, capsys, monkeypatch):
     monkeypatch.setattr("eightfold.push.generate", lambda *_: ([("a", "b b b")], 1))
     status, _, err = run(capsys, "push", copy, "me/tiny", "--base", base, "--public")
@@ -255,6 +264,7 @@ def test_what_is_not_whole_is_not_uploaded(spoil, sentence: str, copy: Path, bas
     assert sentence in err
     assert content["error"] in err
     assert not hub.requests
+    assert not (copy / CARD).exists()
 
 
 def test_what_the_hub_refuses(copy: Path, base: Path, hub: FakeHub, capsys, monkeypatch) -> None:

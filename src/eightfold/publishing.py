@@ -11,7 +11,7 @@ from eightfold.card import CARD, model_card, write_card
 from eightfold.console import Terminal, duration, plus_minus, size, table
 from eightfold.inspect import quantized_folder
 from eightfold.preflight import choose_device, choose_dtype
-from eightfold.push import push
+from eightfold.push import check_whole, push
 
 DONE, FAILED = 0, 1
 COLUMNS = ("job", "state", "bits", "stored bits", "weight files", "ratio", "KL (nats)", "time", "repository")
@@ -46,6 +46,7 @@ def run_card(options: Namespace, terminal: Terminal) -> Result:
 
 def run_push(options: Namespace, terminal: Terminal) -> Result:
     """Upload, try what was uploaded, publish; exit status 1 where it is not what it should be."""
+    check_whole(options.dir)
     folder = quantized_folder(options.dir)
     device, dtype = choose_device(options.device), choose_dtype(options.dtype, options.device, folder)
     if not (folder.path / CARD).is_file():

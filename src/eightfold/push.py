@@ -53,7 +53,7 @@ class Pushed:
 
 def check_whole(path: str | Path) -> list[str]:
     """The names of a checkpoint's files. Raises CheckpointError for what must not be uploaded: a working folder, a
-    checkpoint that failed the gate or has no card, files that differ from the manifest."""
+    checkpoint that failed the gate, files that differ from the manifest."""
     path = Path(path)
     if path.resolve().parent.name.endswith(".partial"):
         raise CheckpointError(
@@ -64,9 +64,7 @@ def check_whole(path: str | Path) -> list[str]:
         raise CheckpointError(f"{path}: expected a whole checkpoint: {problems[0]} ({len(problems)} problems in all)")
     if (path / EVALUATION).is_file() and not (verdict := read_json(path / EVALUATION))["passed"]:
         raise CheckpointError(f"{path}: expected a checkpoint that passed the gate: {'; '.join(verdict['reasons'])}")
-    if not (path / CARD).is_file():
-        raise CheckpointError(f"{path}: expected a model card, {CARD}: make it with eightfold card")
-    return sorted({*read_json(path / MANIFEST)["files"], MANIFEST, CARD})
+    return sorted({*read_json(path / MANIFEST)["files"], MANIFEST})
 
 
 def push(
@@ -76,20 +74,20 @@ def push(
     folder that is thrown away, verify it, generate with it; make it public if `public` and if all of that went well.
 
     The repository is made, private; one that is public already is refused. Raises CheckpointError for a checkpoint that
-    is not whole, ValueError for what the hub refuses. A failing smoke test is no exception: see `problems`.
+    is not whole or has no card, ValueError for what the hub refuses. A failing smoke test is no exception: see
+    `problems`.
     """
-    files = check_whole(path)
+    files = [*check_whole(path), CARD]
+    if not (Path(path) / CARD).is_file():
+        raise CheckpointError(f"{path}: expected a model card, {CARD}: make it with eightfold card")
     phase, advance = told
     api = HfApi(library_name="eightfold")
     try:
         phase("uploading", 1)
         url, commit = _upload(api, Path(path), files, repo)
         advance(1)
-        with tempfile.TemporaryDirectory(prefix="eightfold-") as folder:
-            phase("downloading", 1)
-            copy = Path(api.snapshot_download(repo, revision=commit, local_dir=Path(folder) / Path(repo).name))
-            advance(1)
-            problems, samples = smoke_test(copy, device, dtype, phase, advance)
+        with tempfile.TemporaryDirectory(prefix=".eightfold-", dir=Path(path).resolve().parent) as folder:
+            problems, samples = _try_out(api, (repo, commit), Path(folder), (device, dtype), told)
         if public and not problems:
             api.update_repo_settings(repo, private=False)
     except (HTTPError, HFValidationError) as error:  # HTTPError: no answer, too
@@ -101,6 +99,24 @@ def push(
         reason = " ".join(f"{error} {error.__cause__}".split())
         raise ValueError(f"{repo}: the hub refused: {reason}") from error
     return Pushed(repo, url, commit, public and not problems, problems, samples)
+
+
+def _try_out(
+    api: HfApi,
+    upload: tuple[str, str],
+    folder: Path,
+    place: tuple[torch.device, torch.dtype],
+    told: tuple[Phase, Advance],
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """The smoke test of a (repository, commit), downloaded into `folder`; what goes wrong on the way is a problem."""
+    (repo, commit), (phase, advance) = upload, told
+    try:
+        phase("downloading", 1)
+        copy = Path(api.snapshot_download(repo, revision=commit, local_dir=folder / Path(repo).name))
+        advance(1)
+        return smoke_test(copy, *place, phase, advance)
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
+        return [f"it cannot be tried out: {' '.join(str(error).split())}"], []
 
 
 def smoke_test(

@@ -88,7 +88,7 @@ class Target:
             if self.holds(rated, output_bytes):
                 return rated
             assert self.size is not None  # headers are a little longer than they were taken for
-            total -= output_bytes(rated) - self.size
+            total = max(total - (output_bytes(rated) - self.size), sum(row[0] for row in costs))
 
     def _total(self, config: QuantConfig) -> int:
         weights = sum(spec.out_features * spec.in_features for spec in config.layers.values())
