@@ -147,7 +147,7 @@ class Wgmma:
 def wgmma_variant(stages: Stages, tokens: int, shared: int) -> Wgmma:
     """The wgmma for so many tokens where a CTA can have `shared` bytes of shared memory: what measured fastest."""
     tile = next((tile for tile in WGMMA_TOKENS if tokens <= tile), WGMMA_TOKENS[-1])
-    one = Wgmma(stages, tile, 1, 2, 1)
+    one = Wgmma(stages, tile, 2 if tile == 128 else 1, 2, 1)
     return replace(one, depth=min(8, (shared - table_bytes(stages, COPIES)) // one.slot_bytes))
 
 

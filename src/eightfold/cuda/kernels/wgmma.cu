@@ -139,16 +139,18 @@ __device__ __forceinline__ void copy_activations(const u8* from, u32 slot, u32 f
 // Which steps the CTA has: `count` of them from step `step` of row tile `row_tile` on.
 struct Share {
   u32 steps, all; // of a row tile, of all
+  u32 ctas, cta;  // that share them, this one
   int count, row_tile, step;
 
   __device__ __forceinline__ Share(const Params& p) {
     steps = p.columns / 64, all = steps * ((p.rows + ROWS - 1) / ROWS);
-    const u32 first = all * blockIdx.x / gridDim.x;
-    count = all * (blockIdx.x + 1) / gridDim.x - first;
+    ctas = gridDim.x, cta = blockIdx.x;
+    const u32 first = all * cta / ctas;
+    count = all * (cta + 1) / ctas - first;
     row_tile = first / steps, step = first - row_tile * steps;
   }
   // The slice that this CTA's part of the row tile is: that of the first part's CTA is 0.
-  __device__ __forceinline__ int slice() const { return blockIdx.x - ((row_tile * steps + 1) * gridDim.x - 1) / all; }
+  __device__ __forceinline__ int slice() const { return cta - ((row_tile * steps + 1) * ctas - 1) / all; }
 };
 
 // Fills the slots with the steps of a share: `begin` what depends on nothing, `run` the rest.
