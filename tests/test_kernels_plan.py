@@ -23,7 +23,7 @@ from eightfold.cuda import linear as host
 from eightfold.cuda import plan as planning
 from eightfold.cuda import rotate as rotations
 from eightfold.cuda.compiler import KERNELS
-from eightfold.cuda.gemm import MOST_GEMM
+from eightfold.cuda.gemm import LEAST_WGMMA, MOST_GEMM, MOST_WGMMA
 from eightfold.cuda.gemm_plan import FEW_ROWS, GEMM_TOKENS, WGMMA_TOKENS, gemm_variant, share_steps, wgmma_variant
 from eightfold.cuda.linear import MOST_FINISHED, MOST_MATVEC
 from eightfold.cuda.plan import (
@@ -922,7 +922,7 @@ def test_tokens_that_a_tile_holds_decode_once(gpu, tokens, tiled, bias, bits):
     assert (p.partial, gpu.launches[0].p.tile) == (gpu.launches[2].p.x, 0)
 
 
-@pytest.mark.parametrize("tokens", [65, 128, 129, 256, 257, 3000])
+@pytest.mark.parametrize("tokens", [65, 128, 129, 256, 257, MOST_WGMMA])
 @pytest.mark.parametrize(("tiled", "bias", "bits"), [(False, None, 3), (True, "bfloat16", 4)])
 def test_warpgroups_multiply_any_number_of_tokens(gpu, tokens, tiled, bias, bits):
     packed = packed_for(bits=bits, bias=bias)
@@ -933,6 +933,14 @@ def test_warpgroups_multiply_any_number_of_tokens(gpu, tokens, tiled, bias, bits
     p = check_product(gpu, packed, weight, x, y, chosen, tokens)
     assert (p.sums, p.sums_dtype) == (gpu.launches[2].p.x, gpu.launches[2].p.x_dtype)
     assert gpu.launches[0].p.tile == chosen.tokens
+
+
+@pytest.mark.parametrize(("tokens", "name"), [(LEAST_WGMMA, "gemm"), (MOST_WGMMA + 1, "dequantize")])
+def test_other_kernels_have_the_rest(gpu, monkeypatch, tokens, name):
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: out)
+    host.linear(activations(tokens), weight_of(packed_for(), True), None)
+    assert name in gpu.names()
+    assert "wgmma" not in gpu.names()
 
 
 def test_wide_blocks_are_tiled_for_warpgroups(gpu):

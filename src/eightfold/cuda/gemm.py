@@ -1,4 +1,4 @@
-"""The linear for 17 and more tokens from the codes: rotate the input, multiply, rotate back.
+"""The linear for 17 to some thousand tokens from the codes: rotate the input, multiply, rotate back.
 
 The product is wgmma.cu where there is warpgroup mma (compute capability 9.0) and tokens are many, else gemm.cu.
 """
@@ -24,14 +24,15 @@ from eightfold.cuda.gemm_plan import (
 from eightfold.cuda.rotate import DTYPES, Rows, Side, kernel, rotate_input, rotate_output
 from eightfold.cuda.weight import Weight
 
-MOST_GEMM = 256  # tokens up to which gemm beats decoding the weight for cuBLAS; wgmma does for any number
+MOST_GEMM, MOST_WGMMA = 256, 2048  # tokens up to which each beats decoding the weight for cuBLAS
 LEAST_WGMMA = 64  # tokens up to which gemm is as fast as wgmma
 _CHUNK_BYTES = 512 << 20  # of float16 activations on both sides of a product
 
 
 def takes(weight: Weight, tokens: int, device: int) -> bool:
     """Whether `product` is the fastest way for more tokens than matvec takes."""
-    return weight.aligned and not weight.stages.shells and (tokens <= MOST_GEMM or arch(device) == 90)
+    most = MOST_WGMMA if arch(device) == 90 else MOST_GEMM
+    return weight.aligned and not weight.stages.shells and tokens <= most
 
 
 def product(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
