@@ -3,10 +3,10 @@
 Up to 16 tokens: matvec, which reads the codes once; quantize_input before it unless matvec can do that itself (up to
 ALONE_TOKENS), rotate_output after it unless it can do that (up to MOST_FINISHED). Then, while gemm.takes it, a product
 from the codes between rotate_input and rotate_output; where codes cannot be tiled, matvec for every 16 up to
-MOST_MATVEC. More: the weight is decoded to float16, piece after piece, and cuBLAS multiplies (dense.py); for stages of E8
-shells always. Everything is queued on the current stream; memory comes from PyTorch's pool. Within 2-8 and 9-16 tokens
-(of several 16, the last too), 17-32, 33-64, 65-128 and every further tile of tokens a token's result does not depend on
-the others; where cuBLAS multiplies that is its affair.
+MOST_MATVEC. More: the weight is decoded to float16, piece after piece, and cuBLAS multiplies (dense.py); for stages of
+E8 shells always. Everything is queued on the current stream; memory comes from PyTorch's pool. Within 2-8 and 9-16
+tokens (of several 16, the last too), 17-32, 33-64, 65-128 and every further tile of tokens a token's result does not
+depend on the others; where cuBLAS multiplies that is its affair.
 """
 
 from __future__ import annotations
