@@ -44,7 +44,7 @@ def run_quantize(options: Namespace, terminal: Terminal) -> Result:
         return DONE, {"status": "dry run", "plan": plan.to_dict()}
     if not options.resume:
         checkpoint.discard(options.out)
-    elif done := len(list((checkpoint.partial_path(options.out) / "layers").glob("*.json"))):
+    elif done := len(list((checkpoint.partial_path(options.out) / "layers").glob("[0-9]*.json"))):
         terminal.note(f"Going on after {done} finished layers in {checkpoint.partial_path(options.out)}.")
     with terminal.progress() as steps:
         outcome = quantize_model(plan, steps)
@@ -181,20 +181,30 @@ def preflight_rows(plan: Plan) -> list[tuple[str, str]]:
     calibration = facts["calibration"]
     text = f"{calibration['samples']} × {calibration['seqlen']} tokens of {calibration['source']}"
     text += f", seed {calibration['seed']}" + (" (windows overlap)" if calibration["overlap"] else "")
+    about = "about " if plan.target else ""
     return [
         ("model", f"{facts['model']} ({size(facts['source_bytes'])})"),
         ("to", facts["out"]),
-        ("bits", f"{facts['bits']} nominal, {facts['stored_bits']:.4f} stored per original weight"),
+        ("bits", _rates(plan)),
         ("quantized", f"{len(facts['quantized'])} linears, {weights:,} weights: {_patterns(facts['quantized'])}"),
         ("left as they are", _patterns(facts["left"]) or "no linear"),
         ("layout", f"{facts['layout']}, tensor parallel up to {facts['tp_max']}"),
         ("calibration", text),
         ("runs on", f"{facts['device']} in {facts['dtype']}"),
-        ("output", f"{facts['output_bytes']:,} bytes ({size(facts['output_bytes'])})"),
+        ("output", f"{about}{facts['output_bytes']:,} bytes ({size(facts['output_bytes'])})"),
         ("free disk", size(facts["free_bytes"])),
         ("peak memory", f"about {size(facts['peak_bytes_estimate'])} of {size(_memory(plan.decoder.device))}"),
         ("time", f"about {duration(facts['seconds_estimate'])}"),
     ]
+
+
+def _rates(plan: Plan) -> str:
+    if plan.target is not None:
+        return (
+            f"{plan.target}, shared out by what each group of linears loses; which gets which, a first walk finds out"
+        )
+    source = f", by {plan.request.recipe}" if plan.recipe is not None else ""
+    return f"{plan.bits:g} nominal, {plan.stored_bits:.4f} stored per original weight{source}"
 
 
 def evaluation_rows(found: EvalResult, other: str) -> list[tuple[str, str]]:
@@ -218,6 +228,9 @@ def _request(options: Namespace) -> Request:
         model=options.model,
         out=options.out,
         bits=options.bits,
+        stored_bits=options.stored_bits,
+        size=options.size,
+        recipe=options.recipe,
         calibration=tuple(options.calibration) if options.calibration else None,
         samples=options.samples,
         seqlen=options.seqlen,

@@ -25,6 +25,7 @@ from rich.table import Table
 WIDTH = 160  # of tables in a pipe or a file
 PHASES = {
     "sensitivity": "measuring what each output matters",
+    "rates": "measuring what each rate costs",
     "layers": "quantizing",
     "writing": "writing the checkpoint",
     "evaluating": "evaluating",
@@ -34,6 +35,8 @@ PHASES = {
     "others": "checking other tensors",
     "tensors": "converting tensors",
     "loading": "loading through transformers",
+    "uploading": "uploading",
+    "downloading": "downloading what was uploaded",
 }
 
 
@@ -107,6 +110,10 @@ class Steps:
         self._done += steps
         if self._task is not None:
             self._bar.advance(self._task, steps)
+
+    def note(self, text: str) -> None:
+        """A line about what was found."""
+        self._terminal.note(text)
 
     def layer(self, record: dict[str, Any]) -> None:
         """A layer is quantized: one line with its losses."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from eightfold import spread
 from eightfold.checkpoint import Workspace, assemble, publish
 from eightfold.format import PackedWeight, QuantConfig
 from eightfold.gate import Verdict, judge
@@ -20,20 +23,15 @@ from eightfold.model import Decoder, check_finite
 from eightfold.parallel import ordered_map, single_threaded, workers_for
 from eightfold.preflight import Plan, check_room, failed_path
 from eightfold.quantize import GroupStatistics, Quantized, mean_moments, moments, quantize_group
+from eightfold.rates import RECIPE
 from eightfold.sensitivity import output_sensitivity
 from eightfold.stream import Tap, find_receiver
 
 BATCH_TOKENS = 16384  # tokens of one forward on a GPU
 
 
-class Listener(Protocol):
-    """Who is told how the work goes on."""
-
-    def phase(self, name: str, steps: int) -> None:
-        """A phase of so many steps begins."""
-
-    def advance(self, steps: int) -> None:
-        """So many more steps of it are done."""
+class Listener(spread.Listener, Protocol):
+    """Who is told how the work goes on, and of every layer."""
 
     def layer(self, record: dict[str, Any]) -> None:
         """A layer is quantized: {"layer": name, "seconds": s, "linears": {name: losses}}."""
@@ -53,9 +51,13 @@ def quantize_model(plan: Plan, listener: Listener) -> Outcome:
     check_room(plan)
     config = replace(plan.config, provenance={**plan.config.provenance, "base_sha256": plan.folder.sha256()})
     with closing(Workspace(plan.request.out, _fingerprint(plan, config))) as workspace:
-        _Walk(plan, config, workspace, listener).run()
+        sensitivity = cache(lambda: _sensitivity(plan, listener))
+        config, recipe = spread.spread_bits(plan, config, workspace, sensitivity, listener)
+        plan = replace(plan, config=config)
+        _Walk(plan, workspace, listener).run(sensitivity)
         listener.phase("writing", 1)
-        made = assemble(workspace, plan.folder, config, plan.request.shard_bytes)
+        texts = {} if recipe is None else {RECIPE: recipe}
+        made = assemble(workspace, plan.folder, config, plan.request.shard_bytes, texts)
         listener.advance(1)
         verdict = judge(plan, made, listener.phase, listener.advance)
         target = Path(plan.request.out)
@@ -68,18 +70,29 @@ def _fingerprint(plan: Plan, config: QuantConfig) -> dict[str, Any]:
     """All that the bytes of the result depend on."""
     return {
         "quantization_config": config.to_dict(),
+        "recipe": plan.recipe,
         "device": plan.decoder.device.type,
         "torch": torch.__version__,
         "shard_bytes": plan.request.shard_bytes,
     }
 
 
+@torch.no_grad()
+@single_threaded()
+def _sensitivity(plan: Plan, listener: Listener) -> dict[str, Tensor]:
+    samples = plan.windows[: plan.request.sensitivity_samples]
+    if not len(samples):
+        return {}
+    listener.phase("sensitivity", 2 * len(plan.decoder.layer_names) + 1)
+    return output_sensitivity(plan.decoder, samples, plan.request.settings.seed, listener.advance)
+
+
 class _Walk:
     """The layers in order, with two streams of hidden states: of the original model and of the quantized one."""
 
-    def __init__(self, plan: Plan, config: QuantConfig, workspace: Workspace, listener: Listener) -> None:
+    def __init__(self, plan: Plan, workspace: Workspace, listener: Listener) -> None:
         self.decoder: Decoder = plan.decoder
-        self.plan, self.config, self.workspace, self.listener = plan, config, workspace, listener
+        self.plan, self.config, self.workspace, self.listener = plan, plan.config, workspace, listener
         self.settings = plan.request.settings
         self.workers = workers_for(self.decoder.device)
         # Samples that one forward takes: on a CPU one a thread, on a GPU as many as keep it busy.
@@ -88,13 +101,13 @@ class _Walk:
 
     @torch.no_grad()
     @single_threaded()  # but for what goes through ordered_map, so that the bytes do not depend on threads
-    def run(self) -> None:
+    def run(self, sensitivities: Callable[[], dict[str, Tensor]]) -> None:
         decoder, done = self.decoder, self.workspace.finished()
         head = [name for name in self.config.layers if decoder.linear_shapes()[name].layer_index is None]
         count = len(decoder.layer_names)
         if len(done) == count + bool(head):
             return
-        sensitivity = self._sensitivity()
+        sensitivity = sensitivities()
         self.listener.phase("layers", count)
         every = [decoder.prologue(w) for w in self.plan.windows]
         decoder.release()  # the embedding is not needed in memory while the layers are
@@ -114,13 +127,6 @@ class _Walk:
             self.listener.advance(1)
         for name in head:
             self._head(count, name, original, hidden)
-
-    def _sensitivity(self) -> dict[str, Tensor]:
-        samples = self.plan.windows[: self.plan.request.sensitivity_samples]
-        if not len(samples):
-            return {}
-        self.listener.phase("sensitivity", 2 * len(self.decoder.layer_names) + 1)
-        return output_sensitivity(self.decoder, samples, self.settings.seed, self.listener.advance)
 
     def _forward(self, i: int, layer: nn.Module, hidden: list[Tensor]) -> list[Tensor]:
         name = self.decoder.layer_names[i]

@@ -112,21 +112,28 @@ def mean_moments(sums: Iterable[list[Tensor]], tokens: int) -> GroupStatistics:
     return GroupStatistics(hessian, drift, stream[0] if stream else None)
 
 
-@single_threaded()  # but for what goes through ordered_map: a sum over two threads is rounded differently
-def quantize_group(
-    weights: Mapping[str, Tensor],
-    biases: Mapping[str, Tensor],
-    specs: Mapping[str, LayerSpec],
-    statistics: GroupStatistics,
-    settings: Settings,
-) -> dict[str, Quantized]:
-    """Quantize linears that share their input, and so their input vector, rotation, Hessian and bits.
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A group made ready for rounding, the same for every rate.
 
-    weights: float32 [N_i, K] by name, on one device; specs: their shapes, bits
-    and blocks; biases: of those that have one, packed as they are.
-    Raises ValueError, naming the layers, for weights or a Hessian that are not finite, for a Hessian that does not
-    factor and for values outside the range of the scale vectors.
+    `targets`: the weights to be met, float32 [N, K]; `s_in`: float32 [K]; `s_out`: output vectors before the layer's
+    scale, float32 [N]; `rotated`: R_out (targets / s_out / s_in) R_in^T over its rms, float32 [N', K'], and `rms` that
+    root mean square; `H_rotated`: the Hessian of the rotated inputs, `L` its factor, both float32 [K', K'].
     """
+
+    targets: dict[str, Tensor]
+    s_in: Tensor
+    s_out: dict[str, Tensor]
+    rotated: dict[str, Tensor]
+    rms: dict[str, float]
+    H_rotated: Tensor
+    L: Tensor
+
+
+def prepare_group(
+    weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec], statistics: GroupStatistics, settings: Settings
+) -> Prepared:
+    """All that comes before rounding. Arguments and errors are those of `quantize_group`."""
     names = list(weights)
     label = ", ".join(names)
     H = statistics.hessian
@@ -147,25 +154,47 @@ def quantize_group(
             f"give more calibration tokens (--samples, --seqlen) or more damping"
         ) from None
 
-    rotated = {}
+    ready = Prepared(targets, s_in, {}, {}, {}, H_rotated, L)
     for name, W in targets.items():
         sensitivity = statistics.sensitivity[name] if statistics.sensitivity else None
         scale = output_vector(W, sensitivity, settings, signs)
         R = _rotate_weight(W / s_in / scale[:, None], specs[name])
         rms = float(R.square().mean(dtype=torch.float64).sqrt()) or 1.0
-        rotated[name] = R / rms
+        ready.s_out[name], ready.rotated[name], ready.rms[name] = scale, R / rms, rms
+    return ready
 
-    book = recipe(specs[names[0]].bits, settings.codebook)
-    chosen = _search_scale(rotated, H_rotated, L, book, settings)
-    scaled = [R * (_scale(book, settings) / chosen[name]) for name, R in rotated.items()]
-    codes, _ = _ldlq_rows(torch.cat(scaled), L, book)
+
+@single_threaded()  # but for what goes through ordered_map: a sum over two threads is rounded differently
+def quantize_group(
+    weights: Mapping[str, Tensor],
+    biases: Mapping[str, Tensor],
+    specs: Mapping[str, LayerSpec],
+    statistics: GroupStatistics,
+    settings: Settings,
+) -> dict[str, Quantized]:
+    """Quantize linears that share their input, and so their input vector, rotation, Hessian and bits.
+
+    weights: float32 [N_i, K] by name, on one device; specs: their shapes, bits
+    and blocks; biases: of those that have one, packed as they are.
+    Raises ValueError, naming the layers, for weights or a Hessian that are not finite, for a Hessian that does not
+    factor, for values outside the range of the scale vectors, and for linears of different bits.
+    """
+    names = list(weights)
+    if len(rates := {specs[name].bits for name in names}) > 1:
+        raise ValueError(f"{', '.join(names)}: they share an input, so expected one rate for all, came {sorted(rates)}")
+    ready = prepare_group(weights, specs, statistics, settings)
+    book = recipe(rates.pop(), settings.codebook)
+    chosen = _search_scale(ready.rotated, ready.H_rotated, ready.L, book, settings)
+    scaled = [R * (gaussian_scale(book, settings) / chosen[name]) for name, R in ready.rotated.items()]
+    codes, _ = ldlq_rows(torch.cat(scaled), ready.L, book)
     sizes = [len(R) for R in scaled]
     split = [c.split(sizes) for c in codes]
-    result = {}
+    H, result = statistics.hessian, {}
     for i, name in enumerate(names):
-        packed = _fit_output(targets[name], H, specs[name], tuple(part[i] for part in split), s_in, settings)
+        target = ready.targets[name]
+        packed = _fit_output(target, H, specs[name], tuple(part[i] for part in split), ready.s_in, settings)
         packed.bias = biases.get(name)
-        result[name] = _measured(name, weights[name], targets[name], H, packed, chosen[name])
+        result[name] = _measured(name, weights[name], target, H, packed, chosen[name])
     return result
 
 
@@ -216,7 +245,7 @@ def _corrected(weights: Mapping[str, Tensor], statistics: GroupStatistics, setti
             f"{', '.join(weights)}: the Hessian is not positive definite; give more calibration tokens (--samples, "
             f"--seqlen), or set the correction to 0"
         )
-    missing = {name: settings.correction * _times(W, statistics.drift) for name, W in weights.items()}
+    missing = {name: settings.correction * times(W, statistics.drift) for name, W in weights.items()}
     if statistics.stream_drift is not None and len(weights) == 1:
         missing = {name: D + settings.stream_correction * statistics.stream_drift for name, D in missing.items()}
     return {name: W + torch.cholesky_solve(missing[name].T, C).T for name, W in weights.items()}
@@ -231,15 +260,15 @@ def _search_scale(
         return dict.fromkeys(rotated, multipliers[0])
     limit = max(settings.search_rows // len(rotated), 1)
     samples = {name: R[:: -(-len(R) // limit)] for name, R in rotated.items()}
-    factors = [_scale(book, settings) / m for m in multipliers]
+    factors = [gaussian_scale(book, settings) / m for m in multipliers]
     trial = torch.cat([R * f for R in samples.values() for f in factors])
-    _, found = _ldlq_rows(trial, L, book)
+    _, found = ldlq_rows(trial, L, book)
     parts = iter(found.split([len(R) for R in samples.values() for _ in factors]))
     losses = {name: [_loss(R - next(parts) / f, H) for f in factors] for name, R in samples.items()}
     return {name: multipliers[loss.index(min(loss))] for name, loss in losses.items()}
 
 
-def _ldlq_rows(W: Tensor, L: Tensor, book: Residual) -> tuple[tuple[Tensor, ...], Tensor]:
+def ldlq_rows(W: Tensor, L: Tensor, book: Residual) -> tuple[tuple[Tensor, ...], Tensor]:
     """LDLQ of all rows: in one piece on a GPU, in pieces of ROWS on the threads of a CPU."""
     if W.device.type != "cpu":
         return ldlq(W, L, book)
@@ -248,7 +277,7 @@ def _ldlq_rows(W: Tensor, L: Tensor, book: Residual) -> tuple[tuple[Tensor, ...]
     return tuple(torch.cat(stage) for stage in codes), torch.cat([W_hat for _, W_hat in pieces])
 
 
-def _times(A: Tensor, B: Tensor) -> Tensor:
+def times(A: Tensor, B: Tensor) -> Tensor:
     """A @ B, by pieces of ROWS on the threads of a CPU."""
     if A.device.type != "cpu":
         return A @ B
@@ -270,7 +299,7 @@ def _fit_output(
     """
     book = recipe(spec.bits, settings.codebook)
     V = _unscaled(spec, book, codes) * s_in
-    VH = _times(V, H)
+    VH = times(V, H)
     s_out = (W * VH).sum(1) / (V * VH).sum(1).clamp_min(torch.finfo(torch.float32).tiny)
     s_out = _stored(s_out, settings)
     dtype = getattr(torch, settings.scale_dtype)
@@ -321,7 +350,8 @@ def _rms(W: Tensor, dim: int) -> Tensor:
     return rms.clamp_min(1e-6 * float(rms.max())) if float(rms.max()) > 0 else torch.ones_like(rms)
 
 
-def _scale(book: Residual, settings: Settings) -> float:
+def gaussian_scale(book: Residual, settings: Settings) -> float:
+    """The rms of weights at which a recipe is best for a Gaussian source, in units of the codebook."""
     return FAMILIES[settings.codebook][1][book.bits]
 
 
