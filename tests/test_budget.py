@@ -18,7 +18,7 @@ MAX_PARAMETERS = 8
 # A module may import modules of the rows above its own, no others. Every module stands here once.
 LAYERS = (
     ("cuda",),
-    ("codebook", "rotation", "parallel", "bundled"),
+    ("codebook", "rotation", "parallel", "bundled", "moments", "queued", "activations"),
     ("e8shell",),
     ("e8p",),
     ("rvq", "tensor_parallel"),

@@ -69,7 +69,7 @@ def by_kernel(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> list[Emu
 
 
 def sample(N: int, K: int, book: Residual, scale: float) -> tuple[Tensor, Tensor]:
-    return random(N, K) * scale, block_ldl(correlated(K), 0.01)
+    return random(N, K) * scale, block_ldl(correlated(K), 0.01)[0]
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

@@ -18,20 +18,21 @@ GROUP = 8  # columns of one code
 PANEL = kernels.PANEL  # columns whose feedback reaches all before them by one matrix product
 
 
-def block_ldl(H: Tensor, damping: float) -> Tensor:
+def block_ldl(H: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """The factor L of H + damping * mean(diag H) * I = L D L^T.
 
-    H: float32 [K, K], symmetric, K a multiple of 8. Returns L float32 [K, K] with 8 x 8 identities on the diagonal.
-    Raises torch.linalg.LinAlgError where the damped H is not positive definite.
+    H: float32 [K, K], symmetric, K a multiple of 8. Returns L float32 [K, K] with 8 x 8 identities on the diagonal, and
+    an integer on the same device that is 0 unless the damped H is not positive definite: L is of no use then. Waits for
+    nothing.
     """
     K = H.shape[0]
     H = H.clone()
     H.diagonal().add_(damping * H.diagonal().mean())
-    C = torch.linalg.cholesky(H)
+    C, failed = torch.linalg.cholesky_ex(H)
     blocks = C.reshape(K // GROUP, GROUP, K // GROUP, GROUP).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    inverse = torch.linalg.solve_triangular(blocks, torch.eye(GROUP, dtype=C.dtype, device=C.device), upper=False)
     columns = C.reshape(K, K // GROUP, GROUP).permute(1, 0, 2)  # [groups, K, 8]
-    L = torch.linalg.solve_triangular(blocks, columns, upper=False, left=False)
-    return L.permute(1, 0, 2).reshape(K, K)
+    return (columns @ inverse).permute(1, 0, 2).reshape(K, K), failed
 
 
 def ldlq(W: Tensor, L: Tensor, book: Residual) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -76,6 +77,6 @@ def _has_kernel(book: Residual, device: torch.device) -> bool:
     return supported(device) and set(book.stages[:-1]) <= {"e8p"} and book.stages[-1] in ("e8p", "e81b")
 
 
-def proxy_loss(E: Tensor, H: Tensor) -> float:
-    """tr(E H E^T), for E float32 [N, K] and H float32 [K, K]."""
-    return float(((E @ H) * E).sum(dtype=torch.float64))
+def proxy_loss(E: Tensor, H: Tensor) -> Tensor:
+    """tr(E H E^T), for E float32 [N, K] and H float32 [K, K]: float64 [] on the same device."""
+    return ((E @ H) * E).sum(dtype=torch.float64)

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from eightfold.activations import Activations
 from eightfold.checkpoint import Workspace, assemble, publish
 from eightfold.format import PackedWeight, QuantConfig
 from eightfold.gate import Verdict, judge
-from eightfold.linear import QuantLinear
-from eightfold.model import Decoder, check_finite
+from eightfold.model import Decoder, check_finite, finite_samples
+from eightfold.moments import GroupStatistics, mean_moments, moments
 from eightfold.parallel import ordered_map, single_threaded, workers_for
 from eightfold.preflight import Plan, check_room, failed_path
-from eightfold.quantize import GroupStatistics, Quantized, mean_moments, moments, quantize_group
+from eightfold.quantize import Begun, Quantized, begin_group, dequantize
+from eightfold.queued import Later
 from eightfold.sensitivity import output_sensitivity
 from eightfold.stream import Tap, find_receiver
 
@@ -85,6 +90,10 @@ class _Walk:
         # Samples that one forward takes: on a CPU one a thread, on a GPU as many as keep it busy.
         tokens = BATCH_TOKENS if self.decoder.device.type != "cpu" else 1
         self.batch = max(1, tokens // plan.windows.shape[1])
+        self.later = Later(self.decoder.device)
+        # Reading the next layer and writing the last one go on beside the work.
+        self.beside = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))
+        self.writing: Future[dict[str, Any]] | None = None
 
     @torch.no_grad()
     @single_threaded()  # but for what goes through ordered_map, so that the bytes do not depend on threads
@@ -96,24 +105,35 @@ class _Walk:
             return
         sensitivity = self._sensitivity()
         self.listener.phase("layers", count)
-        every = [decoder.prologue(w) for w in self.plan.windows]
+        original = Activations(self._embedded(), decoder.device, on_host=False)
         decoder.release()  # the embedding is not needed in memory while the layers are
-        original = [torch.cat(every[a : a + self.batch]) for a in range(0, len(every), self.batch)]
-        hidden = list(original)
-        for i, name in enumerate(decoder.layer_names):
-            start = time.perf_counter()
-            layer = decoder.load_layer(i)
-            work = copy.deepcopy(layer)  # the layer with what is quantized so far
-            if i in done:
-                self._install(name, work, self._read_back(i))
-            else:
-                found = self._quantize_layer(i, layer, work, original, hidden, sensitivity)
-                self._save(i, name, found, time.perf_counter() - start)
-            if i < count - 1 or head:
-                original, hidden = self._forward(i, layer, original), self._forward(i, work, hidden)
-            self.listener.advance(1)
-        for name in head:
-            self._head(count, name, original, hidden)
+        hidden = original.copy()
+        with self.beside:
+            coming = self.beside.submit(load_layer, decoder, 0)
+            for i, name in enumerate(decoder.layer_names):
+                start = time.perf_counter()
+                layer = coming.result()
+                if i + 1 < count:
+                    coming = self.beside.submit(load_layer, decoder, i + 1)
+                work = twin(layer)  # the layer with what is quantized so far
+                if i in done:
+                    self._install(name, work, {n: dequantize(p) for n, p in self._read_back(i).items()})
+                else:
+                    found = self._quantize_layer(i, layer, work, original, hidden, sensitivity)
+                    self._save(i, name, found, start)
+                if i < count - 1 or head:
+                    with self.later.timed("forward"):
+                        self._forward(i, layer, original)
+                        self._forward(i, work, hidden)
+                self.listener.advance(1)
+            for name in head:
+                self._head(count, name, original, hidden)
+            self.later.settle()
+            self._wait_for_writing()
+
+    def _embedded(self) -> Iterator[Tensor]:
+        """Hidden states that enter the first layer, batch after batch."""
+        return (torch.cat([self.decoder.prologue(w) for w in part]) for part in self.plan.windows.split(self.batch))
 
     def _sensitivity(self) -> dict[str, Tensor]:
         samples = self.plan.windows[: self.plan.request.sensitivity_samples]
@@ -122,82 +142,110 @@ class _Walk:
         self.listener.phase("sensitivity", 2 * len(self.decoder.layer_names) + 1)
         return output_sensitivity(self.decoder, samples, self.settings.seed, self.listener.advance)
 
-    def _forward(self, i: int, layer: nn.Module, hidden: list[Tensor]) -> list[Tensor]:
-        name = self.decoder.layer_names[i]
+    def _watch(self, x: Tensor, name: str, batch: int) -> None:
+        """Raise, when all is settled, if the samples `x` of a batch are not finite: finite_samples(x)."""
+        self.later.add(x, partial(check_finite, layer=name, first=batch * self.batch))
 
-        def forward(job: tuple[int, Tensor]) -> Tensor:
-            out = self.decoder.call(i, layer, job[1])
-            check_finite(out, name, job[0] * self.batch)
-            return out
+    def _forward(self, i: int, layer: nn.Module, hidden: Activations) -> None:
+        def forward(b: int) -> tuple[Tensor, Tensor]:
+            out = self.decoder.call(i, layer, hidden[b])
+            return out, finite_samples(out)
 
-        return list(ordered_map(forward, enumerate(hidden), self.workers))
+        for b, (out, finite) in enumerate(ordered_map(forward, range(len(hidden)), self.workers)):
+            hidden[b] = out
+            self._watch(finite, self.decoder.layer_names[i], b)
 
     def _quantize_layer(
         self,
         i: int,
         layer: nn.Module,
         work: nn.Module,
-        original: list[Tensor],
-        hidden: list[Tensor],
+        original: Activations,
+        hidden: Activations,
         sensitivity: dict[str, Tensor],
     ) -> dict[str, Quantized]:
         """Group after group: each sees inputs that the groups before it, already quantized in `work`, produce."""
         prefix = self.decoder.layer_names[i]
         found: dict[str, Quantized] = {}
-        for group in self.decoder.groups(i, layer, hidden[0]):
+        sample = hidden[0][:1]
+        groups = self.decoder.groups(i, layer, sample)
+        taps = {
+            group: Tap(self.decoder, i, group[0], find_receiver(self.decoder, i, layer, sample, group[0]))
+            if len(group) == 1
+            else Tap(self.decoder, i, group[0], None)
+            for group in groups
+        }
+        begun: list[Begun] = []
+        for group in groups:
             if names := [n for n in group if n in self.config.layers]:
-                statistics = self._statistics(i, layer, work, group, original, hidden)
+                with self.later.timed("capture"):
+                    statistics = self._statistics(taps[group], group[0], layer, work, original, hidden)
                 known = {n: sensitivity[n] for n in names} if all(n in sensitivity for n in names) else None
                 linears = {n: work.get_submodule(n.removeprefix(f"{prefix}.")) for n in names}
                 weights = {n: cast(nn.Linear, linear).weight.float() for n, linear in linears.items()}
-                new = self._quantize_group(weights, replace(statistics, sensitivity=known))
-                self._install(prefix, work, {n: q.packed for n, q in new.items()})
-                found |= new
+                begun.append(self._begin_group(weights, replace(statistics, sensitivity=known)))
+                self._install(prefix, work, begun[-1].dense)
+                begun[-1].dense.clear()
+        self.later.settle()
+        for each in begun:
+            found |= each.quantized
         return found
 
     def _statistics(
         self,
-        i: int,
+        tap: Tap,
+        name: str,
         layer: nn.Module,
         work: nn.Module,
-        group: tuple[str, ...],
-        original: list[Tensor],
-        hidden: list[Tensor],
+        original: Activations,
+        hidden: Activations,
     ) -> GroupStatistics:
         """Moments of the inputs of a group in the original and in the quantized model, summed in order."""
-        name = group[0]
-        receiver = find_receiver(self.decoder, i, layer, hidden[0], name) if len(group) == 1 else None
-        tap = Tap(self.decoder, i, name, receiver)
 
-        def one(job: tuple[int, Tensor, Tensor]) -> list[Tensor]:
-            batch, before, now = job
-            x, stream = tap(work, now)
-            x0, stream0 = tap(layer, before)
-            for seen in (x, x0, stream, stream0):
-                if seen is not None:
-                    check_finite(seen, name, batch * self.batch)
-            return moments(x, x0, stream, stream0)
+        def one(b: int) -> tuple[list[Tensor], list[Tensor]]:
+            x, stream = tap(work, hidden[b])
+            x0, stream0 = tap(layer, original[b])
+            finite = [finite_samples(seen) for seen in (x, x0, stream, stream0) if seen is not None]
+            return moments(x, x0, stream, stream0), finite
+
+        def sums() -> Iterator[list[Tensor]]:
+            for b, (found, finite) in enumerate(ordered_map(one, range(len(hidden)), self.workers)):
+                for each in finite:
+                    self._watch(each, name, b)
+                yield found
 
         handles = [*tap.attach(layer), *tap.attach(work)]
         try:
-            jobs = zip(range(len(hidden)), original, hidden, strict=True)
-            return mean_moments(ordered_map(one, jobs, self.workers), self.plan.windows.numel())
+            return mean_moments(sums(), self.plan.windows.numel())
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _quantize_group(self, weights: dict[str, Tensor], statistics: GroupStatistics) -> dict[str, Quantized]:
+    def _begin_group(self, weights: dict[str, Tensor], statistics: GroupStatistics) -> Begun:
         read, layers = self.decoder.folder.read, self.config.layers
         biases = {n: read(f"{n}.bias", self.decoder.device) for n in weights if layers[n].bias}
-        return quantize_group(weights, biases, layers, statistics, self.settings)
+        return begin_group(weights, biases, layers, statistics, self.settings, self.later)
 
-    def _save(self, i: int, name: str, found: dict[str, Quantized], seconds: float) -> None:
-        tensors: dict[str, Tensor] = {}
-        for linear, quantized in found.items():
-            tensors |= quantized.packed.to("cpu").tensors(linear)
-        record = {"layer": name, "linears": {n: q.losses() for n, q in found.items()}, "seconds": seconds}
-        self.workspace.save_layer(i, tensors, record)
-        self.listener.layer(record)
+    def _save(self, i: int, name: str, found: dict[str, Quantized], start: float) -> None:
+        """Have the layer written while the work goes on; a kill loses no more than it and the next one."""
+        record = {"layer": name, "linears": {n: q.losses() for n, q in found.items()}}
+        record |= {"seconds": time.perf_counter() - start, "phases": dict(self.later.seconds)}
+        self.later.seconds.clear()
+        self._wait_for_writing()
+
+        def write() -> dict[str, Any]:
+            tensors: dict[str, Tensor] = {}
+            for linear, quantized in found.items():
+                tensors |= quantized.packed.to("cpu").tensors(linear)
+            self.workspace.save_layer(i, tensors, record)
+            return record
+
+        self.writing = self.beside.submit(write)
+
+    def _wait_for_writing(self) -> None:
+        if self.writing is not None:
+            self.listener.layer(self.writing.result())
+        self.writing = None
 
     def _read_back(self, i: int) -> dict[str, PackedWeight]:
         tensors, record = self.workspace.load_layer(i)
@@ -209,22 +257,48 @@ class _Walk:
             result[name] = PackedWeight.from_tensors(spec, self.config.recipe(name), own).to(device)
         return result
 
-    def _install(self, prefix: str, layer: nn.Module, packed: dict[str, PackedWeight]) -> None:
-        for name, weight in packed.items():
-            linear = QuantLinear.from_packed(weight).prepare(self.decoder.dtype)
-            layer.set_submodule(name.removeprefix(f"{prefix}."), linear)
+    def _install(self, prefix: str, layer: nn.Module, dense: dict[str, Tensor]) -> None:
+        """Put quantized weights, as dense ones, in the place of the original ones."""
+        for name, weight in dense.items():
+            linear = layer.get_submodule(name.removeprefix(f"{prefix}."))
+            linear.weight = nn.Parameter(weight.to(self.decoder.dtype), requires_grad=False)
 
-    def _head(self, index: int, name: str, original: list[Tensor], hidden: list[Tensor]) -> None:
+    def _head(self, index: int, name: str, original: Activations, hidden: Activations) -> None:
         """A linear after the layers (lm_head), whose input is what the model's tail makes of the last hidden states."""
         start = time.perf_counter()
 
-        def one(job: tuple[int, Tensor, Tensor]) -> list[Tensor]:
-            x0, x = (self.decoder.head_input(name, states) for states in job[1:])
-            for seen in (x, x0):
-                check_finite(seen, name, job[0] * self.batch)
-            return moments(x, x0)
+        def sums() -> Iterator[list[Tensor]]:
+            for b in range(len(hidden)):
+                x0, x = (self.decoder.head_input(name, states[b]) for states in (original, hidden))
+                for seen in (x, x0):
+                    self._watch(finite_samples(seen), name, b)
+                yield moments(x, x0)
 
-        jobs = zip(range(len(hidden)), original, hidden, strict=True)
-        statistics = mean_moments(map(one, jobs), self.plan.windows.numel())
-        found = self._quantize_group({name: self.decoder.weight(name).float()}, statistics)
-        self._save(index, name, found, time.perf_counter() - start)
+        statistics = mean_moments(sums(), self.plan.windows.numel())
+        begun = self._begin_group({name: self.decoder.weight(name).float()}, statistics)
+        self.later.settle()
+        self._save(index, name, begun.quantized, start)
+
+
+def load_layer(decoder: Decoder, i: int) -> nn.Module:
+    """Layer `i`, read while the device works on something else."""
+    device = decoder.device
+    if device.type != "cuda":
+        return decoder.load_layer(i)
+    side = _side_stream(device)
+    with torch.cuda.stream(side):
+        layer = decoder.load_layer(i)
+    side.synchronize()
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        tensor.record_stream(torch.cuda.default_stream(device))
+    return layer
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def twin(layer: nn.Module) -> nn.Module:
+    """A copy of a layer whose parameters and buffers are the layer's own until they are replaced."""
+    return copy.deepcopy(layer, {id(tensor): tensor for tensor in (*layer.parameters(), *layer.buffers())})

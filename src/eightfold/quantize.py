@@ -21,7 +21,9 @@ from torch import Tensor
 
 from eightfold.format import LayerSpec, PackedWeight, StageRecipe
 from eightfold.ldlq import block_ldl, ldlq, proxy_loss
+from eightfold.moments import GroupStatistics
 from eightfold.parallel import ordered_map, single_threaded, workers_for
+from eightfold.queued import Later, upload
 from eightfold.rotation import rotate
 from eightfold.rvq import FAMILIES, Residual
 
@@ -54,21 +56,6 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class GroupStatistics:
-    """What calibration saw at the input x of a group of linears, x0 being the same input in the original model.
-
-    `hessian`: E[x x^T], float32 [K, K]. `drift`: E[(x0 - x) x^T], float32 [K, K], or None for no correction.
-    `stream_drift`: E[(r0 - r) x^T], float32 [N, K], r the residual stream that the (then only) linear adds to, or None.
-    `sensitivity`: per linear the mean squared gradient of the loss at its outputs, float32 [N], or None for equal ones.
-    """
-
-    hessian: Tensor
-    drift: Tensor | None = None
-    stream_drift: Tensor | None = None
-    sensitivity: Mapping[str, Tensor] | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Quantized:
     """One quantized linear with its losses: `proxy_loss` is tr(E H E^T) / tr(W H W^T) against the target weights,
     `sqnr_db` of the weights against the original ones, `multiplier` the scale that the search chose."""
@@ -91,28 +78,16 @@ def recipe(bits: int, family: str = "e8p") -> StageRecipe:
     return StageRecipe(book.stages, book.ratios)
 
 
-def moments(x: Tensor, x0: Tensor, stream: Tensor | None = None, stream0: Tensor | None = None) -> list[Tensor]:
-    """Sums over the tokens of one sample, for `mean_moments`: of x x^T and (x0 - x) x^T, float32 [K, K], for inputs
-    [..., K]; and of (stream0 - stream) x^T, float32 [N, K], for residual streams [..., N]."""
-    now, then = x.flatten(0, -2).float(), x0.flatten(0, -2).float()
-    sums = [now.T @ now, (then - now).T @ now]
-    if stream is not None and stream0 is not None:
-        sums.append((stream0.float() - stream.float()).flatten(0, -2).T @ now)
-    return sums
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """Linears whose quantization is queued. `packed`, and the dense weights of the codes `dense`, float32 [N, K], by
+    name; `quantized` is filled by Later.settle."""
+
+    packed: dict[str, PackedWeight]
+    dense: dict[str, Tensor]
+    quantized: dict[str, Quantized]
 
 
-def mean_moments(sums: Iterable[list[Tensor]], tokens: int) -> GroupStatistics:
-    """Statistics of all samples from the `moments` of each, added up in the order given."""
-    each = iter(sums)
-    total = next(each)
-    for more in each:
-        for whole, part in zip(total, more, strict=True):
-            whole += part
-    hessian, drift, *stream = (whole / tokens for whole in total)
-    return GroupStatistics(hessian, drift, stream[0] if stream else None)
-
-
-@single_threaded()  # but for what goes through ordered_map: a sum over two threads is rounded differently
 def quantize_group(
     weights: Mapping[str, Tensor],
     biases: Mapping[str, Tensor],
@@ -127,51 +102,66 @@ def quantize_group(
     Raises ValueError, naming the layers, for weights or a Hessian that are not finite, for a Hessian that does not
     factor and for values outside the range of the scale vectors.
     """
-    names = list(weights)
+    later = Later(statistics.hessian.device)
+    begun = begin_group(weights, biases, specs, statistics, settings, later)
+    later.settle()
+    return begun.quantized
+
+
+@single_threaded()  # but for what goes through ordered_map: a sum over two threads is rounded differently
+def begin_group(
+    weights: Mapping[str, Tensor],
+    biases: Mapping[str, Tensor],
+    specs: Mapping[str, LayerSpec],
+    statistics: GroupStatistics,
+    settings: Settings,
+    later: Later,
+) -> Begun:
+    """`quantize_group` whose work is only queued, on a GPU; its numbers and its errors come out of `later.settle`."""
+    names, H = list(weights), statistics.hessian
     label = ", ".join(names)
-    H = statistics.hessian
-    if not bool(H.isfinite().all()):
-        raise ValueError(f"{label}: the Hessian is not finite; look for infinite activations, or try --dtype float32")
-    if bad := [name for name, W in weights.items() if not bool(W.isfinite().all())]:
-        raise ValueError(f"{bad[0]}: its weights in the original model are not finite")
+    _check_finite(label, weights, H, later)
     in_blocks = specs[names[0]].in_blocks
     signs = torch.Generator().manual_seed(_seed(settings.seed, names[0]))
-    targets = _corrected(weights, statistics, settings)
+    targets = _corrected(weights, statistics, settings, later)
     s_in = input_vector(torch.cat(list(targets.values())), settings, signs)
     H_rotated = _rotate_both(H * s_in * s_in[:, None], in_blocks)
-    try:
-        L = block_ldl(H_rotated, settings.damping)
-    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
-        raise ValueError(
-            f"{label}: the Hessian of {len(H)} inputs is not positive definite with damping {settings.damping:g}; "
-            f"give more calibration tokens (--samples, --seqlen) or more damping"
-        ) from None
+    L, failed = block_ldl(H_rotated, settings.damping)
+    later.add(failed, lambda values: _check_factor(values, label, len(H), settings))
 
     rotated = {}
     for name, W in targets.items():
         sensitivity = statistics.sensitivity[name] if statistics.sensitivity else None
         scale = output_vector(W, sensitivity, settings, signs)
         R = _rotate_weight(W / s_in / scale[:, None], specs[name])
-        rms = float(R.square().mean(dtype=torch.float64).sqrt()) or 1.0
-        rotated[name] = R / rms
+        rms = R.square().mean(dtype=torch.float64).sqrt()
+        rotated[name] = R / torch.where(rms > 0, rms, 1.0)
 
     book = recipe(specs[names[0]].bits, settings.codebook)
-    chosen = _search_scale(rotated, H_rotated, L, book, settings)
-    scaled = [R * (_scale(book, settings) / chosen[name]) for name, R in rotated.items()]
-    codes, _ = _ldlq_rows(torch.cat(scaled), L, book)
-    sizes = [len(R) for R in scaled]
-    split = [c.split(sizes) for c in codes]
-    result = {}
-    for i, name in enumerate(names):
-        packed = _fit_output(targets[name], H, specs[name], tuple(part[i] for part in split), s_in, settings)
+    with later.timed("search"):
+        chosen = _search_scale(rotated, H_rotated, L, book, settings)
+    sizes = [len(R) for R in rotated.values()]
+    scaled = torch.cat([rotated.pop(name) * (_scale(book, settings) / chosen[name]) for name in names])
+    with later.timed("ldlq"):
+        codes, W_hat = _ldlq_rows(scaled, L, book)
+    del scaled, H_rotated, L
+    begun = Begun({}, {}, {})
+    for name, C, *own in zip(names, W_hat.split(sizes), *(c.split(sizes) for c in codes), strict=True):
+        packed, dense = _fit_output(targets[name], H, specs[name], tuple(own), C, s_in, settings)
         packed.bias = biases.get(name)
-        result[name] = _measured(name, weights[name], targets[name], H, packed, chosen[name])
-    return result
+        begun.packed[name], begun.dense[name] = packed, dense
+
+        def settle(numbers: list[float], name: str = name, packed: PackedWeight = packed) -> None:
+            begun.quantized[name] = _measured(name, packed, numbers)
+
+        later.add(_numbers(weights[name], targets[name], H, packed, dense, chosen[name]), settle)
+    return begun
 
 
 def dequantize(packed: PackedWeight) -> Tensor:
     """Dense weights W_hat = diag(s_out) cut(R_out^T C R_in) diag(s_in) of a quantized linear: float32 [N, K]."""
-    W = _unscaled(packed.spec, packed.recipe, packed.codes)
+    parts = zip(*(c.split(DECODE_ROWS) for c in packed.codes), strict=True)
+    W = _unrotated(packed.spec, (packed.recipe.decode(part).flatten(1) for part in parts))
     return W * packed.scale_in.float() * packed.scale_out.float()[:, None]
 
 
@@ -193,13 +183,36 @@ def output_vector(W: Tensor, sensitivity: Tensor | None, settings: Settings, sig
     """
     scale = _rms(W, 1)
     if sensitivity is not None:
-        gradient = sensitivity.to(W.device).clamp_min(1e-6 * float(sensitivity.mean())).sqrt()
-        scale = scale / gradient if bool((gradient > 0).all()) else scale
+        sensitivity = sensitivity if sensitivity.device == W.device else upload(sensitivity, W.device)
+        gradient = sensitivity.clamp_min(1e-6 * sensitivity.mean()).sqrt()
+        scale = scale / torch.where((gradient > 0).all(), gradient, 1.0)
     scale = scale**settings.out_exponent
     return scale / scale.log().mean().exp() * _signs(len(scale), signs, W.device)
 
 
-def _corrected(weights: Mapping[str, Tensor], statistics: GroupStatistics, settings: Settings) -> dict[str, Tensor]:
+def _check_finite(label: str, weights: Mapping[str, Tensor], H: Tensor, later: Later) -> None:
+    def check(finite: list[float]) -> None:
+        if not finite[0]:
+            raise ValueError(
+                f"{label}: the Hessian is not finite; look for infinite activations, or try --dtype float32"
+            )
+        if bad := [name for name, good in zip(weights, finite[1:], strict=True) if not good]:
+            raise ValueError(f"{bad[0]}: its weights in the original model are not finite")
+
+    later.add(torch.stack([X.isfinite().all() for X in (H, *weights.values())]), check)
+
+
+def _check_factor(failed: list[float], label: str, size: int, settings: Settings) -> None:
+    if failed[0]:
+        raise ValueError(
+            f"{label}: the Hessian of {size} inputs is not positive definite with damping {settings.damping:g}; "
+            f"give more calibration tokens (--samples, --seqlen) or more damping"
+        )
+
+
+def _corrected(
+    weights: Mapping[str, Tensor], statistics: GroupStatistics, settings: Settings, later: Later
+) -> dict[str, Tensor]:
     """Targets W + (c W E[(x0 - x) x^T] + d E[(r0 - r) x^T]) H^-1, c = `correction`, d = `stream_correction`.
 
     With c = d = 1 these are the weights that best give W x0 + r0 - r from x: the output of the original linear (GPTAQ's
@@ -211,32 +224,42 @@ def _corrected(weights: Mapping[str, Tensor], statistics: GroupStatistics, setti
     H = statistics.hessian.clone()
     H.diagonal().add_(0.01 * H.diagonal().mean())
     C, failed = torch.linalg.cholesky_ex(H)
-    if int(failed):
-        raise ValueError(
-            f"{', '.join(weights)}: the Hessian is not positive definite; give more calibration tokens (--samples, "
-            f"--seqlen), or set the correction to 0"
-        )
-    missing = {name: settings.correction * _times(W, statistics.drift) for name, W in weights.items()}
-    if statistics.stream_drift is not None and len(weights) == 1:
-        missing = {name: D + settings.stream_correction * statistics.stream_drift for name, D in missing.items()}
-    return {name: W + torch.cholesky_solve(missing[name].T, C).T for name, W in weights.items()}
+
+    def check(failed: list[float]) -> None:
+        if failed[0]:
+            raise ValueError(
+                f"{', '.join(weights)}: the Hessian is not positive definite; give more calibration tokens "
+                f"(--samples, --seqlen), or set the correction to 0"
+            )
+
+    later.add(failed, check)
+    targets = {}
+    for name, W in weights.items():
+        missing = settings.correction * _times(W, statistics.drift)
+        if statistics.stream_drift is not None and len(weights) == 1:
+            missing += settings.stream_correction * statistics.stream_drift
+        targets[name] = W + torch.cholesky_solve(missing.T, C).T
+    return targets
 
 
 def _search_scale(
     rotated: Mapping[str, Tensor], H: Tensor, L: Tensor, book: Residual, settings: Settings
-) -> dict[str, float]:
-    """For each linear, the multiplier that loses least under LDLQ on evenly spaced rows; all are tried in one call."""
-    multipliers = settings.multipliers
+) -> dict[str, Tensor]:
+    """For each linear, the multiplier, float32 [], that loses least under LDLQ on evenly spaced rows; all are tried in
+    one call."""
+    device, count = H.device, len(rotated)
+    multipliers = upload(torch.tensor(settings.multipliers), device)
     if len(multipliers) == 1:
         return dict.fromkeys(rotated, multipliers[0])
-    limit = max(settings.search_rows // len(rotated), 1)
+    limit = max(settings.search_rows // count, 1)
     samples = {name: R[:: -(-len(R) // limit)] for name, R in rotated.items()}
-    factors = [_scale(book, settings) / m for m in multipliers]
+    factors = [_scale(book, settings) / m for m in settings.multipliers]
     trial = torch.cat([R * f for R in samples.values() for f in factors])
     _, found = _ldlq_rows(trial, L, book)
     parts = iter(found.split([len(R) for R in samples.values() for _ in factors]))
-    losses = {name: [_loss(R - next(parts) / f, H) for f in factors] for name, R in samples.items()}
-    return {name: multipliers[loss.index(min(loss))] for name, loss in losses.items()}
+    losses = torch.stack([_loss(R - next(parts) / f, H) for R in samples.values() for f in factors])
+    best = losses.view(count, len(factors)).argmin(1)
+    return dict(zip(rotated, multipliers[best], strict=True))
 
 
 def _ldlq_rows(W: Tensor, L: Tensor, book: Residual) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -255,47 +278,60 @@ def _times(A: Tensor, B: Tensor) -> Tensor:
     return torch.cat(list(ordered_map(lambda part: part @ B, A.split(ROWS), workers_for(A.device))))
 
 
-def _loss(E: Tensor, H: Tensor) -> float:
-    """tr(E H E^T), by pieces of ROWS on the threads of a CPU."""
+def _loss(E: Tensor, H: Tensor) -> Tensor:
+    """tr(E H E^T), float64 [], by pieces of ROWS on the threads of a CPU."""
     pieces = E.split(ROWS if E.device.type == "cpu" else len(E))
-    return sum(ordered_map(lambda part: proxy_loss(part, H), pieces, workers_for(E.device)))
+    return torch.stack(list(ordered_map(lambda part: proxy_loss(part, H), pieces, workers_for(E.device)))).sum()
 
 
 def _fit_output(
-    W: Tensor, H: Tensor, spec: LayerSpec, codes: tuple[Tensor, ...], s_in: Tensor, settings: Settings
-) -> PackedWeight:
-    """Pack with s_out[n] = <W_n, V_n>_H / <V_n, V_n>_H, V the dense weights without s_out: least squares a row.
+    W: Tensor,
+    H: Tensor,
+    spec: LayerSpec,
+    codes: tuple[Tensor, ...],
+    C: Tensor,
+    s_in: Tensor,
+    settings: Settings,
+) -> tuple[PackedWeight, Tensor]:
+    """Pack with s_out[n] = <W_n, V_n>_H / <V_n, V_n>_H, V the dense weights without s_out: least squares a row. C: what
+    the codes say. Also returns the dense weights, float32 [N, K].
 
     The layer's scale, the signs and the shrinkage that quantization calls for all come out of this.
     """
-    book = recipe(spec.bits, settings.codebook)
-    V = _unscaled(spec, book, codes) * s_in
+    V = _unrotated(spec, C.split(DECODE_ROWS)) * s_in
     VH = _times(V, H)
     s_out = (W * VH).sum(1) / (V * VH).sum(1).clamp_min(torch.finfo(torch.float32).tiny)
     s_out = _stored(s_out, settings)
     dtype = getattr(torch, settings.scale_dtype)
-    return PackedWeight(spec, book, codes, s_in.to(dtype), s_out.to(dtype))
+    packed = PackedWeight(spec, recipe(spec.bits, settings.codebook), codes, s_in.to(dtype), s_out.to(dtype))
+    return packed, V * s_out[:, None]
 
 
-def _measured(name: str, W: Tensor, target: Tensor, H: Tensor, packed: PackedWeight, multiplier: float) -> Quantized:
+def _numbers(
+    W: Tensor, target: Tensor, H: Tensor, packed: PackedWeight, W_hat: Tensor, multiplier: Tensor
+) -> Tensor:
+    """What `_measured` takes, float64 [7]."""
+    noise, signal = (X.square().sum(dtype=torch.float64) for X in (W - W_hat, W))
+    losses = _loss(target - W_hat, H), _loss(target, H)
+    every = (*losses, noise, signal, multiplier, packed.scale_out.abs().max(), target.any())
+    return torch.stack([number.double() for number in every])
+
+
+def _measured(name: str, packed: PackedWeight, numbers: list[float]) -> Quantized:
+    loss, whole, noise, signal, multiplier, largest, some = numbers
     try:
         packed.validate(name)
     except ValueError as error:
         raise ValueError(f"{error}; its weights are outside float16's range: try --scale-dtype float32") from None
     # Below the normal numbers of a dtype its steps stay the same: 16 of them are the least that says anything.
-    least = torch.finfo(packed.scale_out.dtype).smallest_normal / 64
-    if float(packed.scale_out.abs().max()) < least and bool(target.any()):
+    if largest < torch.finfo(packed.scale_out.dtype).smallest_normal / 64 and some:
         raise ValueError(f"{name}: its weights are below float16's range: try --scale-dtype float32, or exclude it")
-    W_hat = dequantize(packed)
-    loss = _loss(target - W_hat, H) / (_loss(target, H) or 1.0)
-    noise, signal = (float(x.square().sum(dtype=torch.float64)) for x in (W - W_hat, W))
     sqnr = 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf
-    return Quantized(packed, loss, sqnr, multiplier)
+    return Quantized(packed, loss / (whole or 1.0), sqnr, multiplier)
 
 
-def _unscaled(spec: LayerSpec, recipe: StageRecipe, codes: tuple[Tensor, ...]) -> Tensor:
-    """cut(R_out^T C R_in), float32 [N, K]."""
-    rows = [recipe.decode(part).flatten(1) for part in zip(*(c.split(DECODE_ROWS) for c in codes), strict=True)]
+def _unrotated(spec: LayerSpec, rows: Iterable[Tensor]) -> Tensor:
+    """cut(R_out^T C R_in), float32 [N, K], for C float32 [N, K] with padding, given piece by piece."""
     W = torch.cat([rotate(part, spec.in_blocks)[:, : spec.in_features] for part in rows])
     return rotate(W.T, spec.out_blocks).T[: spec.out_features].contiguous()
 
@@ -318,7 +354,7 @@ def _rotate_both(H: Tensor, blocks: tuple[int, ...]) -> Tensor:
 def _rms(W: Tensor, dim: int) -> Tensor:
     """Root mean square over `dim`, kept above a millionth of the largest: a channel of zeros stays finite."""
     rms = W.square().mean(dim).sqrt()
-    return rms.clamp_min(1e-6 * float(rms.max())) if float(rms.max()) > 0 else torch.ones_like(rms)
+    return torch.where(rms.max() > 0, rms.clamp_min(1e-6 * rms.max()), 1.0)
 
 
 def _scale(book: Residual, settings: Settings) -> float:
@@ -331,7 +367,7 @@ def _stored(x: Tensor, settings: Settings) -> Tensor:
 
 
 def _signs(count: int, generator: torch.Generator, device: torch.device) -> Tensor:
-    return (torch.randint(0, 2, (count,), generator=generator) * 2 - 1).to(device, torch.float32)
+    return upload((torch.randint(0, 2, (count,), generator=generator) * 2 - 1).float(), device)
 
 
 def _seed(seed: int, name: str) -> int:

@@ -15,7 +15,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from eightfold.model import Decoder, check_finite
+from eightfold.model import Decoder, check_finite, finite_samples
 from eightfold.parallel import ordered_map, workers_for
 
 POSITIONS = 128  # positions whose logits are held at once
@@ -38,7 +38,7 @@ def output_sensitivity(decoder: Decoder, windows: Tensor, seed: int, advance: Ad
 
         def forward(job: tuple[int, Tensor], i: int = i, layer: nn.Module = layer) -> Tensor:
             out = decoder.call(i, layer, job[1].to(device)).detach()
-            check_finite(out, decoder.layer_names[i], job[0])
+            check_finite(finite_samples(out).tolist(), decoder.layer_names[i], job[0])
             return out.cpu()
 
         hidden.append(list(ordered_map(forward, enumerate(hidden[-1]), workers)))
