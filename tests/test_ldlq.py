@@ -128,4 +128,6 @@ def test_rows_do_not_depend_on_each_other() -> None:
 
 def test_proxy_loss() -> None:
     E, H = random(5, 16), correlated(16)
-    assert float(proxy_loss(E, H)) == pytest.approx(float(torch.trace(E.double() @ H.double() @ E.double().T)), rel=1e-5)
+    assert float(proxy_loss(E, H)) == pytest.approx(
+        float(torch.trace(E.double() @ H.double() @ E.double().T)), rel=1e-5
+    )

@@ -1,4 +1,4 @@
-"""Hidden states of all samples, batch after batch: on the device, or in the host's memory where the device has no room."""
+"""Hidden states of all samples, batch after batch: on the device, or on the host where the device has no room."""
 
 from __future__ import annotations
 

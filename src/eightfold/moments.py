@@ -1,8 +1,8 @@
 """What calibration keeps of the inputs of a group of linears: second moments, summed over the tokens.
 
-Activations of 16 bits are multiplied as they are, at the full rate of a GPU's tensor cores, and summed in float32: their
-products are exact. The small differences between two models' activations are rounded to 16 bits first, which costs
-them 2^-9 each, with either sign. Activations in float32 are multiplied in float32.
+On a GPU, activations of 16 bits are multiplied as they are, at the full rate of its tensor cores, and summed in
+float32: their products are exact. The small differences between the activations of two models are rounded to 16 bits
+first, which costs each up to 2^-9 of it, with either sign. Activations in float32 are multiplied in float32.
 """
 
 from __future__ import annotations

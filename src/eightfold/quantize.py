@@ -183,8 +183,8 @@ def output_vector(W: Tensor, sensitivity: Tensor | None, settings: Settings, sig
     """
     scale = _rms(W, 1)
     if sensitivity is not None:
-        sensitivity = sensitivity if sensitivity.device == W.device else upload(sensitivity, W.device)
-        gradient = sensitivity.clamp_min(1e-6 * sensitivity.mean()).sqrt()
+        squares = sensitivity if sensitivity.device == W.device else upload(sensitivity, W.device)
+        gradient = squares.clamp_min(1e-6 * squares.mean()).sqrt()
         scale = scale / torch.where((gradient > 0).all(), gradient, 1.0)
     scale = scale**settings.out_exponent
     return scale / scale.log().mean().exp() * _signs(len(scale), signs, W.device)
@@ -245,10 +245,10 @@ def _corrected(
 def _search_scale(
     rotated: Mapping[str, Tensor], H: Tensor, L: Tensor, book: Residual, settings: Settings
 ) -> dict[str, Tensor]:
-    """For each linear, the multiplier, float32 [], that loses least under LDLQ on evenly spaced rows; all are tried in
+    """For each linear, the multiplier, float64 [], that loses least under LDLQ on evenly spaced rows; all are tried in
     one call."""
     device, count = H.device, len(rotated)
-    multipliers = upload(torch.tensor(settings.multipliers), device)
+    multipliers = upload(torch.tensor(settings.multipliers, dtype=torch.float64), device)
     if len(multipliers) == 1:
         return dict.fromkeys(rotated, multipliers[0])
     limit = max(settings.search_rows // count, 1)
@@ -307,9 +307,7 @@ def _fit_output(
     return packed, V * s_out[:, None]
 
 
-def _numbers(
-    W: Tensor, target: Tensor, H: Tensor, packed: PackedWeight, W_hat: Tensor, multiplier: Tensor
-) -> Tensor:
+def _numbers(W: Tensor, target: Tensor, H: Tensor, packed: PackedWeight, W_hat: Tensor, multiplier: Tensor) -> Tensor:
     """What `_measured` takes, float64 [7]."""
     noise, signal = (X.square().sum(dtype=torch.float64) for X in (W - W_hat, W))
     losses = _loss(target - W_hat, H), _loss(target, H)
