@@ -18,8 +18,8 @@ MAX_PARAMETERS = 8
 # A module may import modules of the rows above its own, no others. Every module stands here once.
 LAYERS = (
     ("cuda",),
-    ("codebook", "rotation", "parallel", "bundled", "moments", "queued", "activations"),
-    ("e8shell",),
+    ("codebook", "rotation", "parallel", "bundled", "queued", "activations", "team"),
+    ("e8shell", "moments"),
     ("e8p",),
     ("rvq", "tensor_parallel"),
     ("ldlq", "format"),
@@ -30,7 +30,7 @@ LAYERS = (
     ("evaluate", "sensitivity", "stream", "hf_glq", "glq_folder"),
     ("preflight",),
     ("gate",),
-    ("pipeline", "inspect", "console", "convert"),
+    ("pipeline", "inspect", "console", "convert", "launch"),
     ("report", "verify"),
     ("demo",),
     ("commands",),

@@ -135,6 +135,7 @@ def _add_quantize(parser: ArgumentParser) -> None:
     add("--exclude", nargs="+", action="extend", default=[], metavar="PATTERN", help="leave these linears: '*.0.mlp.*'")
     add("--tp-max", type=_count, metavar="N", help="tensor parallelism the file is good for (default: the most)")
     add("--shard-size", type=_bytes, dest="shard_bytes", metavar="SIZE", help="of a weight file at most: 4GB, 500MB")
+    add("--gpus", type=_count, metavar="G", help="GPUs of this machine that share the work (default: one)")
     add("--resume", action=BooleanOptionalAction, default=True, help="go on where the same command was interrupted")
     add("--dry-run", action="store_true", help="say what it would take and give, and stop")
     add("--eval-text", metavar="PATH", help="held-out text for the gate (default: the bundled one)")
@@ -149,6 +150,7 @@ def _add_convert(parser: ArgumentParser) -> None:
     add("--base", metavar="MODEL", help="the original model: restores the biases, which GLQ drops")
     add("--zero-biases", action="store_true", help="do without the biases that GLQ dropped: zeros in their place")
     add("--shard-size", type=_bytes, dest="shard_bytes", metavar="SIZE", help="of a weight file at most: 4GB, 500MB")
+    add("--gpus", type=_count, metavar="G", help="GPUs of this machine that share the work (default: one)")
     add("--resume", action=BooleanOptionalAction, default=True, help="no: discard what another command left unfinished")
 
 

@@ -7,11 +7,13 @@ first, which costs each up to 2^-9 of it, with either sign. Activations in float
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from eightfold.team import Team
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +41,21 @@ def moments(x: Tensor, x0: Tensor, stream: Tensor | None = None, stream0: Tensor
     return sums
 
 
-def mean_moments(sums: Iterable[list[Tensor]], tokens: int) -> GroupStatistics:
-    """Statistics of all samples from the `moments` of each, added up in the order given."""
-    each = iter(sums)
-    total = next(each)
-    for more in each:
-        for whole, part in zip(total, more, strict=True):
-            whole += part
-    hessian, drift, *stream = (whole.div_(tokens) for whole in total)
+def mean_moments(
+    sums: Iterator[list[Tensor]], parts: int, sizes: Sequence[int], tokens: int, team: Team
+) -> GroupStatistics:
+    """Statistics of all samples from the `moments` of each of this process's batches: parts of `sizes` of them, in the
+    order given, then all `parts` of the team."""
+    left = iter(sizes)
+
+    def part() -> list[Tensor]:
+        total = next(sums)
+        for _ in range(next(left) - 1):
+            for whole, more in zip(total, next(sums), strict=True):
+                whole += more
+        return total
+
+    hessian, drift, *stream = (whole.div_(tokens) for whole in team.sum(parts, part))
     return GroupStatistics(hessian, drift, stream[0] if stream else None)
 
 

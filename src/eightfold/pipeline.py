@@ -27,6 +27,7 @@ from eightfold.quantize import Begun, Quantized, begin_group, dequantize
 from eightfold.queued import Later
 from eightfold.sensitivity import output_sensitivity
 from eightfold.stream import Tap, find_receiver
+from eightfold.team import PARTS, Team
 
 BATCH_TOKENS = 16384  # tokens of one forward on a GPU
 
@@ -54,11 +55,20 @@ class Outcome:
 
 
 def quantize_model(plan: Plan, listener: Listener) -> Outcome:
-    """Carry out `plan`. Interrupted at any moment, the same call goes on after the last finished layer."""
+    """Carry out `plan`. Interrupted at any moment, the same call goes on after the last finished layer.
+
+    Where torch.distributed is initialized, its processes, each with the same plan but for the device, share the work;
+    process 0 alone writes, and tells its listener. All return the same.
+    """
+    team = Team()
+    if team.rank:
+        config = _with_source(plan, team.tell(None))
+        _Walk(plan, config, None, listener, team).run()
+        return team.tell(None)
     check_room(plan)
-    config = replace(plan.config, provenance={**plan.config.provenance, "base_sha256": plan.folder.sha256()})
+    config = _with_source(plan, team.tell(plan.folder.sha256()))
     with closing(Workspace(plan.request.out, _fingerprint(plan, config))) as workspace:
-        _Walk(plan, config, workspace, listener).run()
+        _Walk(plan, config, workspace, listener, team).run()
         listener.phase("writing", 1)
         made = assemble(workspace, plan.folder, config, plan.request.shard_bytes)
         listener.advance(1)
@@ -66,7 +76,11 @@ def quantize_model(plan: Plan, listener: Listener) -> Outcome:
         target = Path(plan.request.out)
         records = workspace.records()
         path = publish(workspace, target if verdict.passed else failed_path(target))
-    return Outcome(path, verdict, records)
+    return team.tell(Outcome(path, verdict, records))
+
+
+def _with_source(plan: Plan, digest: str) -> QuantConfig:
+    return replace(plan.config, provenance={**plan.config.provenance, "base_sha256": digest})
 
 
 def _fingerprint(plan: Plan, config: QuantConfig) -> dict[str, Any]:
@@ -82,14 +96,23 @@ def _fingerprint(plan: Plan, config: QuantConfig) -> dict[str, Any]:
 class _Walk:
     """The layers in order, with two streams of hidden states: of the original model and of the quantized one."""
 
-    def __init__(self, plan: Plan, config: QuantConfig, workspace: Workspace, listener: Listener) -> None:
+    def __init__(
+        self, plan: Plan, config: QuantConfig, workspace: Workspace | None, listener: Listener, team: Team
+    ) -> None:
         self.decoder: Decoder = plan.decoder
-        self.plan, self.config, self.workspace, self.listener = plan, config, workspace, listener
+        self.plan, self.config, self.workspace, self.listener, self.team = plan, config, workspace, listener, team
         self.settings = plan.request.settings
         self.workers = workers_for(self.decoder.device)
         # Samples that one forward takes: on a CPU one a thread, on a GPU as many as keep it busy.
         tokens = BATCH_TOKENS if self.decoder.device.type != "cpu" else 1
         self.batch = max(1, tokens // plan.windows.shape[1])
+        # Batches are cut into parts, of which this process takes some.
+        count = -(-len(plan.windows) // self.batch)
+        self.parts = min(PARTS, count)
+        bounds = [count * part // self.parts for part in range(self.parts + 1)]
+        own = team.share(self.parts)
+        self.sizes = [bounds[part + 1] - bounds[part] for part in own]
+        self.batches = range(bounds[own.start], bounds[own.stop])
         self.later = Later(self.decoder.device)
         # Reading the next layer and writing the last one go on beside the work.
         self.beside = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))
@@ -98,7 +121,7 @@ class _Walk:
     @torch.no_grad()
     @single_threaded()  # but for what goes through ordered_map, so that the bytes do not depend on threads
     def run(self) -> None:
-        decoder, done = self.decoder, self.workspace.finished()
+        decoder, done = self.decoder, self.team.tell(self.workspace.finished() if self.workspace else None)
         head = [name for name in self.config.layers if decoder.linear_shapes()[name].layer_index is None]
         count = len(decoder.layer_names)
         if len(done) == count + bool(head):
@@ -133,18 +156,19 @@ class _Walk:
 
     def _embedded(self) -> Iterator[Tensor]:
         """Hidden states that enter the first layer, batch after batch."""
-        return (torch.cat([self.decoder.prologue(w) for w in part]) for part in self.plan.windows.split(self.batch))
+        batches = self.plan.windows.split(self.batch)
+        return (torch.cat([self.decoder.prologue(w) for w in batches[b]]) for b in self.batches)
 
     def _sensitivity(self) -> dict[str, Tensor]:
         samples = self.plan.windows[: self.plan.request.sensitivity_samples]
         if not len(samples):
             return {}
         self.listener.phase("sensitivity", 2 * len(self.decoder.layer_names) + 1)
-        return output_sensitivity(self.decoder, samples, self.settings.seed, self.listener.advance)
+        return output_sensitivity(self.decoder, samples, self.settings.seed, self.listener.advance, self.team)
 
     def _watch(self, x: Tensor, name: str, batch: int) -> None:
-        """Raise, when all is settled, if the samples `x` of a batch are not finite: finite_samples(x)."""
-        self.later.add(x, partial(check_finite, layer=name, first=batch * self.batch))
+        """Raise, when all is settled, if samples of this process's batch are not finite: finite_samples(x)."""
+        self.later.add(x, partial(check_finite, layer=name, first=self.batches[batch] * self.batch))
 
     def _forward(self, i: int, layer: nn.Module, hidden: Activations) -> None:
         def forward(b: int) -> tuple[Tensor, Tensor]:
@@ -216,7 +240,7 @@ class _Walk:
 
         handles = [*tap.attach(layer), *tap.attach(work)]
         try:
-            return mean_moments(sums(), self.plan.windows.numel())
+            return mean_moments(sums(), self.parts, self.sizes, self.plan.windows.numel(), self.team)
         finally:
             for handle in handles:
                 handle.remove()
@@ -224,7 +248,7 @@ class _Walk:
     def _begin_group(self, weights: dict[str, Tensor], statistics: GroupStatistics) -> Begun:
         read, layers = self.decoder.folder.read, self.config.layers
         biases = {n: read(f"{n}.bias", self.decoder.device) for n in weights if layers[n].bias}
-        return begin_group(weights, biases, layers, statistics, self.settings, self.later)
+        return begin_group(weights, biases, layers, statistics, self.settings, self.later, self.team)
 
     def _save(self, i: int, name: str, found: dict[str, Quantized], start: float) -> None:
         """Have the layer written while the work goes on; a kill loses no more than it and the next one."""
@@ -232,12 +256,15 @@ class _Walk:
         record |= {"seconds": time.perf_counter() - start, "phases": dict(self.later.seconds)}
         self.later.seconds.clear()
         self._wait_for_writing()
+        workspace = self.workspace
+        if workspace is None:  # another process writes
+            return
 
         def write() -> dict[str, Any]:
             tensors: dict[str, Tensor] = {}
             for linear, quantized in found.items():
                 tensors |= quantized.packed.to("cpu").tensors(linear)
-            self.workspace.save_layer(i, tensors, record)
+            workspace.save_layer(i, tensors, record)
             return record
 
         self.writing = self.beside.submit(write)
@@ -248,7 +275,7 @@ class _Walk:
         self.writing = None
 
     def _read_back(self, i: int) -> dict[str, PackedWeight]:
-        tensors, record = self.workspace.load_layer(i)
+        tensors, record = self.team.tell(self.workspace.load_layer(i) if self.workspace else None)
         device = self.decoder.device
         result = {}
         for name in record["linears"]:
@@ -274,7 +301,7 @@ class _Walk:
                     self._watch(finite_samples(seen), name, b)
                 yield moments(x, x0)
 
-        statistics = mean_moments(sums(), self.plan.windows.numel())
+        statistics = mean_moments(sums(), self.parts, self.sizes, self.plan.windows.numel(), self.team)
         begun = self._begin_group({name: self.decoder.weight(name).float()}, statistics)
         self.later.settle()
         self._save(index, name, begun.quantized, start)

@@ -26,6 +26,7 @@ from eightfold.parallel import ordered_map, single_threaded, workers_for
 from eightfold.queued import Later, upload
 from eightfold.rotation import rotate
 from eightfold.rvq import FAMILIES, Residual
+from eightfold.team import Team
 
 ROWS = 256  # rows of one piece of work on the CPU: fixed, so that results do not depend on the number of threads
 DECODE_ROWS = 4096  # rows decoded at once: bounds the memory of `dequantize`
@@ -103,7 +104,7 @@ def quantize_group(
     factor and for values outside the range of the scale vectors.
     """
     later = Later(statistics.hessian.device)
-    begun = begin_group(weights, biases, specs, statistics, settings, later)
+    begun = begin_group(weights, biases, specs, statistics, settings, later, Team())
     later.settle()
     return begun.quantized
 
@@ -116,8 +117,12 @@ def begin_group(
     statistics: GroupStatistics,
     settings: Settings,
     later: Later,
+    team: Team,
 ) -> Begun:
-    """`quantize_group` whose work is only queued, on a GPU; its numbers and its errors come out of `later.settle`."""
+    """`quantize_group` whose work is only queued, on a GPU; its numbers and its errors come out of `later.settle`.
+
+    Every process of the team does the same but for LDLQ, whose rows they share out.
+    """
     names, H = list(weights), statistics.hessian
     label = ", ".join(names)
     _check_finite(label, weights, H, later)
@@ -143,7 +148,7 @@ def begin_group(
     sizes = [len(R) for R in rotated.values()]
     scaled = torch.cat([rotated.pop(name) * (_scale(book, settings) / chosen[name]) for name in names])
     with later.timed("ldlq"):
-        codes, W_hat = _ldlq_rows(scaled, L, book)
+        codes, W_hat = _ldlq_shared(scaled, L, book, team)
     del scaled, H_rotated, L
     begun = Begun({}, {}, {})
     for name, C, *own in zip(names, W_hat.split(sizes), *(c.split(sizes) for c in codes), strict=True):
@@ -260,6 +265,20 @@ def _search_scale(
     losses = torch.stack([_loss(R - next(parts) / f, H) for R in samples.values() for f in factors])
     best = losses.view(count, len(factors)).argmin(1)
     return dict(zip(rotated, multipliers[best], strict=True))
+
+
+def _ldlq_shared(W: Tensor, L: Tensor, book: Residual, team: Team) -> tuple[tuple[Tensor, ...], Tensor]:
+    """LDLQ of all rows, each process taking its share."""
+    if team.size == 1:
+        return _ldlq_rows(W, L, book)
+    share = team.share(len(W))
+    codes, W_hat = _ldlq_rows(W[share.start : share.stop], L, book)
+    every = []
+    for own in (*codes, W_hat):
+        whole = own.new_empty(len(W), own.shape[1])
+        whole[share.start : share.stop] = own
+        every.append(team.complete(whole))
+    return tuple(every[:-1]), every[-1]
 
 
 def _ldlq_rows(W: Tensor, L: Tensor, book: Residual) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -17,22 +17,24 @@ from torch import Tensor, nn
 
 from eightfold.model import Decoder, check_finite, finite_samples
 from eightfold.parallel import ordered_map, workers_for
+from eightfold.team import Team
 
 POSITIONS = 128  # positions whose logits are held at once
 
 Advance = Callable[[int], None]
 
 
-def output_sensitivity(decoder: Decoder, windows: Tensor, seed: int, advance: Advance) -> dict[str, Tensor]:
-    """Mean squared gradients of the loss at the outputs of every linear of the layers, float32 [N] on the CPU, by name.
+def output_sensitivity(decoder: Decoder, windows: Tensor, seed: int, advance: Advance, team: Team) -> dict[str, Tensor]:
+    """Mean squared gradients of the loss at the outputs of every linear of the layers, float32 [N] on the decoder's
+    device, by name.
 
     windows: long [S, T]. `advance` is told of every layer pass done over all windows (2 * layers + 1 of them). The same
-    windows and seed give the same bits, whatever the number of threads. Raises ValueError, naming layer and window, for
-    hidden states that are not finite.
+    windows and seed give the same bits, whatever the number of threads or of processes, which share the windows.
+    Raises ValueError, naming layer and window, for hidden states that are not finite.
     """
     device, layers = decoder.device, range(len(decoder.layer_names))
-    workers = workers_for(device)
-    hidden: list[list[Tensor]] = [[decoder.prologue(w).cpu() for w in windows]]
+    workers, own = workers_for(device), team.share(len(windows))
+    hidden: list[list[Tensor]] = [[decoder.prologue(windows[w]).cpu() for w in own]]
     for i in layers:
         layer = decoder.load_layer(i)
 
@@ -41,12 +43,12 @@ def output_sensitivity(decoder: Decoder, windows: Tensor, seed: int, advance: Ad
             check_finite(finite_samples(out).tolist(), decoder.layer_names[i], job[0])
             return out.cpu()
 
-        hidden.append(list(ordered_map(forward, enumerate(hidden[-1]), workers)))
+        hidden.append(list(ordered_map(forward, zip(own, hidden[-1], strict=True), workers)))
         advance(1)
-    top = lambda s: _loss_gradient(decoder, hidden[-1][s].to(device), seed + s)  # noqa: E731
-    gradients = list(ordered_map(top, range(len(windows)), workers))
+    top = lambda job: _loss_gradient(decoder, job[1].to(device), seed + job[0])  # noqa: E731
+    gradients = list(ordered_map(top, zip(own, hidden[-1], strict=True), workers))
     advance(1)
-    result: dict[str, Tensor] = {}
+    squares: dict[str, list[Tensor]] = {}  # of this process's windows
     for i in reversed(layers):
         hidden.pop()
         layer = decoder.load_layer(i)
@@ -54,11 +56,22 @@ def output_sensitivity(decoder: Decoder, windows: Tensor, seed: int, advance: Ad
         jobs = zip(hidden[-1], gradients, strict=True)
         done = list(ordered_map(lambda job, run=backward: run(*job), jobs, workers))
         gradients = [gradient for gradient, _ in done]
-        for name in done[0][1]:
-            total = torch.stack([squares[name] for _, squares in done]).sum(0)
-            result[name] = (total / windows.numel()).cpu()
+        for _, found in done:
+            for name, square in found.items():
+                squares.setdefault(name, []).append(square)
         advance(1)
-    return result
+    return _means(squares, windows.numel(), device, team)
+
+
+def _means(squares: dict[str, list[Tensor]], tokens: int, device: torch.device, team: Team) -> dict[str, Tensor]:
+    """Sums over the windows of all processes, in the order of the windows, over the tokens."""
+    if team.size > 1:
+        every = team.gather([{name: [s.cpu() for s in own] for name, own in squares.items()}])
+        squares = {
+            name: [s.to(device) for own in every for s in own.get(name, [])]
+            for name in dict.fromkeys(name for own in every for name in own)
+        }
+    return {name: torch.stack(each).sum(0) / tokens for name, each in squares.items()}
 
 
 def _loss_gradient(decoder: Decoder, hidden: Tensor, seed: int) -> Tensor:
