@@ -23,6 +23,8 @@ from results import append
 from rich.console import Console
 from rich.table import Table
 
+from eightfold.folder import ModelFolder
+from eightfold.format import stored_bits
 from eightfold.pipeline import quantize_model
 from eightfold.preflight import DEFAULT_LAYOUT, Request, make_plan
 from eightfold.quantize import Settings
@@ -39,6 +41,8 @@ class Quiet:
 
     def advance(self, steps: int) -> None: ...
 
+    def note(self, text: str) -> None: ...
+
     def layer(self, record: dict[str, Any]) -> None: ...
 
 
@@ -48,6 +52,8 @@ def measure(request: Request) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         plan = make_plan(replace(request, out=str(Path(folder) / "out")))
         outcome = quantize_model(plan, Quiet())
+        config = ModelFolder(outcome.path).quantization
+    assert config is not None
     losses = [linear for record in outcome.records for linear in record["linears"].values()]
     return {
         "model": Path(request.model).name,
@@ -55,7 +61,8 @@ def measure(request: Request) -> dict[str, Any]:
         "layout": request.layout,
         "codebook": request.settings.codebook,
         "tp_max": plan.config.tp_max,
-        "stored_bits": plan.stored_bits,
+        "stored_bits": stored_bits(config.layers.values(), config.scale_dtype),
+        "rates": {bits: sum(spec.bits == bits for spec in config.layers.values()) for bits in config.recipes},
         **outcome.verdict.evaluation.to_dict(),
         "mean_proxy_loss": sum(linear["proxy_loss"] for linear in losses) / len(losses),
         "mean_sqnr_db": sum(linear["sqnr_db"] for linear in losses) / len(losses),

@@ -47,6 +47,9 @@ class Killer:
         if self.name != "evaluating" or count in (1, 12):  # one is like another there
             self.happens(f"{self.name} {count}")
 
+    def note(self, text: str) -> None:
+        self.happens("note")
+
     def layer(self, record: dict[str, Any]) -> None:
         self.happens(f"layer {record['layer']}")
 

@@ -35,6 +35,7 @@ class Silent:
         self.phases: list[tuple[str, int]] = []
         self.steps: dict[str, int] = {}
         self.records: list[dict[str, Any]] = []
+        self.notes: list[str] = []
 
     def phase(self, name: str, steps: int) -> None:
         self.phases.append((name, steps))
@@ -42,6 +43,9 @@ class Silent:
     def advance(self, steps: int) -> None:
         name = self.phases[-1][0]
         self.steps[name] = self.steps.get(name, 0) + steps
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
     def layer(self, record: dict[str, Any]) -> None:
         self.records.append(record)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers.utils import logging
 
 import eightfold
-from eightfold import bundled, cli, console, gate
+from eightfold import bundled, cli, console, gate, options
 from eightfold.checkpoint import MANIFEST, partial_path
 from eightfold.evaluate import NotFiniteError
 
@@ -274,7 +274,7 @@ def test_usage(arguments, capsys):
     ("text", "count"), [("4GB", 4 * 10**9), ("1.5 MB", 1_500_000), ("2GiB", 2 << 30), ("500k", 500_000), ("4096", 4096)]
 )
 def test_shard_size(text, count):
-    assert cli._bytes(text) == count
+    assert options._bytes(text) == count
 
 
 def test_libraries_are_as_before(run, made):

@@ -16,6 +16,7 @@ from small import Silent, small_request
 from eightfold import gate
 from eightfold.gate import MAX_RATIO, generate, judge
 from eightfold.preflight import Plan, make_plan
+from eightfold.rates import with_rates
 
 CPU = torch.device("cpu")
 
@@ -83,7 +84,8 @@ def test_the_limit_depends_on_the_rate(bits: int, limit: float, plan: Plan, made
     monkeypatch.setattr(gate, "generate", lambda *_: ([], 10))
     for ratio, passed in ((limit, True), (limit * 1.001, False), (float("nan"), False)):
         monkeypatch.setattr(gate, "evaluate", lambda *_, ratio=ratio: replace(result, ratio=ratio))
-        assert judge(limited(plan, bits=bits, max_ratio=None), made, *_silent()).passed is passed
+        rated = replace(plan, config=with_rates(plan.config, dict.fromkeys(plan.config.layers, bits)))
+        assert judge(limited(rated, max_ratio=None), made, *_silent()).passed is passed
 
 
 def test_logits_that_are_not_finite_fail(plan: Plan, made: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +21,12 @@ from eightfold.evaluate import EvalResult, evaluate
 from eightfold.folder import ModelFolder, local_folder
 from eightfold.glq_folder import is_glq, open_folder
 from eightfold.inspect import inspect
+from eightfold.launch import joined
 from eightfold.pipeline import Outcome, quantize_model
 from eightfold.preflight import Plan, Request, choose_device, choose_dtype, make_plan
 from eightfold.quantize import Settings
 from eightfold.report import COLUMNS, PAGE, cells
+from eightfold.team import Team
 from eightfold.verify import verify
 
 if TYPE_CHECKING:
@@ -38,13 +41,21 @@ Result = tuple[int, dict[str, Any]]
 
 def run_quantize(options: Namespace, terminal: Terminal) -> Result:
     """Preflight, the work, the gate."""
-    plan = make_plan(_request(options))
+    with joined(options.device) as device:
+        if Team().rank:
+            terminal.mute()
+        return _quantize(options, device, terminal)
+
+
+def _quantize(options: Namespace, device: str, terminal: Terminal) -> Result:
+    plan = make_plan(replace(_request(options), device=device))
     terminal.notes.print(pairs(preflight_rows(plan)))
     if options.dry_run:
         return DONE, {"status": "dry run", "plan": plan.to_dict()}
     if not options.resume:
-        checkpoint.discard(options.out)
-    elif done := len(list((checkpoint.partial_path(options.out) / "layers").glob("*.json"))):
+        if not Team().rank:
+            checkpoint.discard(options.out)
+    elif done := len(list((checkpoint.partial_path(options.out) / "layers").glob("[0-9]*.json"))):
         terminal.note(f"Going on after {done} finished layers in {checkpoint.partial_path(options.out)}.")
     with terminal.progress() as steps:
         outcome = quantize_model(plan, steps)
@@ -181,20 +192,30 @@ def preflight_rows(plan: Plan) -> list[tuple[str, str]]:
     calibration = facts["calibration"]
     text = f"{calibration['samples']} × {calibration['seqlen']} tokens of {calibration['source']}"
     text += f", seed {calibration['seed']}" + (" (windows overlap)" if calibration["overlap"] else "")
+    about = "about " if plan.target else ""
     return [
         ("model", f"{facts['model']} ({size(facts['source_bytes'])})"),
         ("to", facts["out"]),
-        ("bits", f"{facts['bits']} nominal, {facts['stored_bits']:.4f} stored per original weight"),
+        ("bits", _rates(plan)),
         ("quantized", f"{len(facts['quantized'])} linears, {weights:,} weights: {_patterns(facts['quantized'])}"),
         ("left as they are", _patterns(facts["left"]) or "no linear"),
         ("layout", f"{facts['layout']}, tensor parallel up to {facts['tp_max']}"),
         ("calibration", text),
         ("runs on", f"{facts['device']} in {facts['dtype']}"),
-        ("output", f"{facts['output_bytes']:,} bytes ({size(facts['output_bytes'])})"),
+        ("output", f"{about}{facts['output_bytes']:,} bytes ({size(facts['output_bytes'])})"),
         ("free disk", size(facts["free_bytes"])),
         ("peak memory", f"about {size(facts['peak_bytes_estimate'])} of {size(_memory(plan.decoder.device))}"),
         ("time", f"about {duration(facts['seconds_estimate'])}"),
     ]
+
+
+def _rates(plan: Plan) -> str:
+    if plan.target is not None:
+        return (
+            f"{plan.target}, shared out by what each group of linears loses; which gets which, a first walk finds out"
+        )
+    source = f", by {plan.request.recipe}" if plan.recipe is not None else ""
+    return f"{plan.bits:g} nominal, {plan.stored_bits:.4f} stored per original weight{source}"
 
 
 def evaluation_rows(found: EvalResult, other: str) -> list[tuple[str, str]]:
@@ -218,6 +239,9 @@ def _request(options: Namespace) -> Request:
         model=options.model,
         out=options.out,
         bits=options.bits,
+        stored_bits=options.stored_bits,
+        size=options.size,
+        recipe=options.recipe,
         calibration=tuple(options.calibration) if options.calibration else None,
         samples=options.samples,
         seqlen=options.seqlen,

@@ -25,6 +25,7 @@ from rich.table import Table
 WIDTH = 160  # of tables in a pipe or a file
 PHASES = {
     "sensitivity": "measuring what each output matters",
+    "rates": "measuring what each rate costs",
     "layers": "quantizing",
     "writing": "writing the checkpoint",
     "evaluating": "evaluating",
@@ -53,6 +54,16 @@ class Terminal:
     def say(self, text: str) -> None:
         """A line of the results."""
         self.results.print(text, soft_wrap=True)
+
+    def mute(self) -> None:
+        """Say nothing but failures: another process speaks for all."""
+        self.as_json = False
+        self.notes.quiet = self.results.quiet = True
+
+    def fail(self, text: str) -> None:
+        """A line about what ends the command, on standard error."""
+        self.notes.quiet = False
+        self.note(text)
 
     def finish(self, content: dict[str, Any]) -> None:
         """End with the JSON object, if it was asked for."""
@@ -107,6 +118,10 @@ class Steps:
         self._done += steps
         if self._task is not None:
             self._bar.advance(self._task, steps)
+
+    def note(self, text: str) -> None:
+        """A line about what was found."""
+        self._terminal.note(text)
 
     def layer(self, record: dict[str, Any]) -> None:
         """A layer is quantized: one line with its losses."""

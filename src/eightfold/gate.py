@@ -15,7 +15,8 @@ from eightfold.folder import ModelFolder
 if TYPE_CHECKING:
     from eightfold.preflight import Plan
 
-# Perplexity may grow by this factor at a nominal rate (from 4 bits on by the last); more is called broken. Small models
+# Perplexity may grow by this factor at a nominal rate, a mean one rounded down (from 4 bits on by the last); more is
+# called broken. Small models
 # lose most: a 3M one doubles its perplexity at 2 bits, a 47M one loses an eighth.
 MAX_RATIO = {2: 4.0, 3: 2.0, 4: 1.5}
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 32
@@ -69,7 +70,7 @@ def judge(plan: Plan, made: Path, phase: Any, advance: Any) -> Verdict:
     phase("generating", 1)
     samples, distinct = generate(made, windows[:PROMPTS, :PROMPT_TOKENS], decoder.device, decoder.dtype)
     advance(1)
-    limit = request.max_ratio or MAX_RATIO.get(request.bits, MAX_RATIO[4])
+    limit = request.max_ratio or MAX_RATIO[min(int(plan.bits), 4)]
     reasons = []
     if not (evaluation.ratio or 0) <= limit:
         reasons.append(f"perplexity is {evaluation.ratio:.3f} times the original's, more than {limit:g} times")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import distributed
@@ -29,7 +29,7 @@ def joined(device: str) -> Iterator[str]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     backend = "gloo"
     if device == "cuda":
-        local, count = distributed.get_node_local_rank(), torch.cuda.device_count()
+        local, count = torch.distributed.distributed_c10d.get_node_local_rank(), torch.cuda.device_count()
         if local >= count:
             raise ValueError(f"expected a GPU for each process of this machine, it has {count}: start fewer")
         device, backend = f"cuda:{local}", "cpu:gloo,cuda:nccl"
@@ -39,28 +39,20 @@ def joined(device: str) -> Iterator[str]:
     distributed.destroy_process_group()
 
 
-def launch(processes: int, entry: Callable[[list[str]], int], arguments: Sequence[str]) -> int:
-    """Run `entry(arguments)` in so many processes on this machine, as torchrun would; the status of the first.
+def launch(processes: int, work: Callable[[Any], Any], argument: Any) -> Any:
+    """Run `work(argument)` in so many processes on this machine, as torchrun would: what the first returns.
 
-    `entry` returns an exit status; 1 and above 3 are failures, which end all processes. Raises ValueError, saying which
-    process failed first and how, where its own message is missing.
+    Raises ValueError, saying which process failed first and how; why, that process says on standard error.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(1, 1, processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
     try:
-        return elastic_launch(config, _run)(entry, list(arguments))[0]
+        return elastic_launch(config, work)(argument)[0]
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise ValueError(
             f"process {rank} of {processes} ended with exit status {failure.exitcode}, so all were stopped; finished "
             f"layers are kept: run the same command to go on"
         ) from None
-
-
-def _run(entry: Callable[[list[str]], int], arguments: list[str]) -> int:
-    status = entry(arguments)
-    if status not in (0, 3):
-        sys.exit(status)
-    return status

@@ -35,9 +35,9 @@ def moments(x: Tensor, x0: Tensor, stream: Tensor | None = None, stream0: Tensor
     """Sums over the tokens of some samples, for `mean_moments`: of x x^T and (x0 - x) x^T, float32 [K, K], for inputs
     [..., K]; and of (stream0 - stream) x^T, float32 [N, K], for residual streams [..., N]. All of one dtype."""
     now, then = x.flatten(0, -2), x0.flatten(0, -2)
-    sums = [_products(now, now), _products(then - now, now)]
+    sums = [products(now, now), products(then - now, now)]
     if stream is not None and stream0 is not None:
-        sums.append(_products((stream0 - stream).flatten(0, -2), now))
+        sums.append(products((stream0 - stream).flatten(0, -2), now))
     return sums
 
 
@@ -59,7 +59,7 @@ def mean_moments(
     return GroupStatistics(hessian, drift, stream[0] if stream else None)
 
 
-def _products(a: Tensor, b: Tensor) -> Tensor:
+def products(a: Tensor, b: Tensor) -> Tensor:
     """a^T b, float32 [K, L], for a [n, K] and b [n, L]."""
     if a.is_cuda and a.dtype.itemsize == 2:
         return torch.mm(a.T, b, out_dtype=torch.float32)

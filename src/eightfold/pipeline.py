@@ -2,47 +2,24 @@
 
 from __future__ import annotations
 
-import copy
-import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import cache, partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from eightfold.activations import Activations
+from eightfold import spread
 from eightfold.checkpoint import Workspace, assemble, publish
-from eightfold.format import PackedWeight, QuantConfig
+from eightfold.format import QuantConfig
 from eightfold.gate import Verdict, judge
-from eightfold.model import Decoder, check_finite, finite_samples
-from eightfold.moments import GroupStatistics, mean_moments, moments
-from eightfold.parallel import ordered_map, single_threaded, workers_for
+from eightfold.parallel import single_threaded
 from eightfold.preflight import Plan, check_room, failed_path
-from eightfold.quantize import Begun, Quantized, begin_group, dequantize
-from eightfold.queued import Later
+from eightfold.rates import RECIPE
 from eightfold.sensitivity import output_sensitivity
-from eightfold.stream import Tap, find_receiver
 from eightfold.team import PARTS, Team
-
-BATCH_TOKENS = 16384  # tokens of one forward on a GPU
-
-
-class Listener(Protocol):
-    """Who is told how the work goes on."""
-
-    def phase(self, name: str, steps: int) -> None:
-        """A phase of so many steps begins."""
-
-    def advance(self, steps: int) -> None:
-        """So many more steps of it are done."""
-
-    def layer(self, record: dict[str, Any]) -> None:
-        """A layer is quantized: {"layer": name, "seconds": s, "linears": {name: losses}}."""
+from eightfold.walk import Listener, Walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,275 +34,68 @@ class Outcome:
 def quantize_model(plan: Plan, listener: Listener) -> Outcome:
     """Carry out `plan`. Interrupted at any moment, the same call goes on after the last finished layer.
 
-    Where torch.distributed is initialized, its processes, each with the same plan but for the device, share the work;
-    process 0 alone writes, and tells its listener. All return the same.
+    Where torch.distributed is initialized, its processes, each with the same plan but for the device, share the work on
+    the layers; process 0 alone finds rates, writes, judges, and tells its listener. All return the same.
     """
     team = Team()
+    if team.size > (most := min(PARTS, len(plan.windows))):
+        raise ValueError(f"expected at most {most} processes to share {len(plan.windows)} samples, came {team.size}")
     if team.rank:
-        config = _with_source(plan, team.tell(None))
-        _Walk(plan, config, None, listener, team).run()
+        _walk(plan, None, listener, team)
         return team.tell(None)
     check_room(plan)
-    config = _with_source(plan, team.tell(plan.folder.sha256()))
+    config = replace(plan.config, provenance={**plan.config.provenance, "base_sha256": plan.folder.sha256()})
     with closing(Workspace(plan.request.out, _fingerprint(plan, config))) as workspace:
-        _Walk(plan, config, workspace, listener, team).run()
+        config, recipe = _walk(replace(plan, config=config), workspace, listener, team)
         listener.phase("writing", 1)
-        made = assemble(workspace, plan.folder, config, plan.request.shard_bytes)
+        texts = {} if recipe is None else {RECIPE: recipe}
+        made = assemble(workspace, plan.folder, config, plan.request.shard_bytes, texts)
         listener.advance(1)
-        verdict = judge(plan, made, listener.phase, listener.advance)
+        verdict = judge(replace(plan, config=config), made, listener.phase, listener.advance)
         target = Path(plan.request.out)
         records = workspace.records()
         path = publish(workspace, target if verdict.passed else failed_path(target))
     return team.tell(Outcome(path, verdict, records))
 
 
-def _with_source(plan: Plan, digest: str) -> QuantConfig:
-    return replace(plan.config, provenance={**plan.config.provenance, "base_sha256": digest})
+def _walk(plan: Plan, workspace: Workspace | None, listener: Listener, team: Team) -> tuple[QuantConfig, str | None]:
+    """All that the processes do together. Returns the config with the rates of the run, and their recipe file's text.
+
+    Only process 0 has the workspace.
+    """
+    work = None
+    if workspace is not None:
+        done = workspace.finished()
+        heads = [n for n in plan.config.layers if plan.decoder.linear_shapes()[n].layer_index is None]
+        unfinished = len(done) < len(plan.decoder.layer_names) + bool(heads)
+        work = done, unfinished, unfinished or spread.is_to_be_found(plan, workspace)
+    done, unfinished, sensed = team.tell(work)
+    sensitivity = _sensitivity(plan, listener, team) if sensed else {}
+    found = None
+    if workspace is not None:
+        found = spread.spread_bits(plan, plan.config, workspace, sensitivity, listener)
+    config, recipe = team.tell(found)
+    if unfinished:
+        Walk(replace(plan, config=config), workspace, listener, team).run(done, sensitivity)
+    return config, recipe
 
 
 def _fingerprint(plan: Plan, config: QuantConfig) -> dict[str, Any]:
     """All that the bytes of the result depend on."""
     return {
         "quantization_config": config.to_dict(),
+        "recipe": plan.recipe,
         "device": plan.decoder.device.type,
         "torch": torch.__version__,
         "shard_bytes": plan.request.shard_bytes,
     }
 
 
-class _Walk:
-    """The layers in order, with two streams of hidden states: of the original model and of the quantized one."""
-
-    def __init__(
-        self, plan: Plan, config: QuantConfig, workspace: Workspace | None, listener: Listener, team: Team
-    ) -> None:
-        self.decoder: Decoder = plan.decoder
-        self.plan, self.config, self.workspace, self.listener, self.team = plan, config, workspace, listener, team
-        self.settings = plan.request.settings
-        self.workers = workers_for(self.decoder.device)
-        # Samples that one forward takes: on a CPU one a thread, on a GPU as many as keep it busy.
-        tokens = BATCH_TOKENS if self.decoder.device.type != "cpu" else 1
-        self.batch = max(1, tokens // plan.windows.shape[1])
-        # Batches are cut into parts, of which this process takes some.
-        count = -(-len(plan.windows) // self.batch)
-        self.parts = min(PARTS, count)
-        bounds = [count * part // self.parts for part in range(self.parts + 1)]
-        own = team.share(self.parts)
-        self.sizes = [bounds[part + 1] - bounds[part] for part in own]
-        self.batches = range(bounds[own.start], bounds[own.stop])
-        self.later = Later(self.decoder.device)
-        # Reading the next layer and writing the last one go on beside the work.
-        self.beside = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))
-        self.writing: Future[dict[str, Any]] | None = None
-
-    @torch.no_grad()
-    @single_threaded()  # but for what goes through ordered_map, so that the bytes do not depend on threads
-    def run(self) -> None:
-        decoder, done = self.decoder, self.team.tell(self.workspace.finished() if self.workspace else None)
-        head = [name for name in self.config.layers if decoder.linear_shapes()[name].layer_index is None]
-        count = len(decoder.layer_names)
-        if len(done) == count + bool(head):
-            return
-        sensitivity = self._sensitivity()
-        self.listener.phase("layers", count)
-        original = Activations(self._embedded(), decoder.device, on_host=False)
-        decoder.release()  # the embedding is not needed in memory while the layers are
-        hidden = original.copy()
-        with self.beside:
-            coming = self.beside.submit(load_layer, decoder, 0)
-            for i, name in enumerate(decoder.layer_names):
-                start = time.perf_counter()
-                layer = coming.result()
-                if i + 1 < count:
-                    coming = self.beside.submit(load_layer, decoder, i + 1)
-                work = twin(layer)  # the layer with what is quantized so far
-                if i in done:
-                    self._install(name, work, {n: dequantize(p) for n, p in self._read_back(i).items()})
-                else:
-                    found = self._quantize_layer(i, layer, work, original, hidden, sensitivity)
-                    self._save(i, name, found, start)
-                if i < count - 1 or head:
-                    with self.later.timed("forward"):
-                        self._forward(i, layer, original)
-                        self._forward(i, work, hidden)
-                self.listener.advance(1)
-            for name in head:
-                self._head(count, name, original, hidden)
-            self.later.settle()
-            self._wait_for_writing()
-
-    def _embedded(self) -> Iterator[Tensor]:
-        """Hidden states that enter the first layer, batch after batch."""
-        batches = self.plan.windows.split(self.batch)
-        return (torch.cat([self.decoder.prologue(w) for w in batches[b]]) for b in self.batches)
-
-    def _sensitivity(self) -> dict[str, Tensor]:
-        samples = self.plan.windows[: self.plan.request.sensitivity_samples]
-        if not len(samples):
-            return {}
-        self.listener.phase("sensitivity", 2 * len(self.decoder.layer_names) + 1)
-        return output_sensitivity(self.decoder, samples, self.settings.seed, self.listener.advance, self.team)
-
-    def _watch(self, x: Tensor, name: str, batch: int) -> None:
-        """Raise, when all is settled, if samples of this process's batch are not finite: finite_samples(x)."""
-        self.later.add(x, partial(check_finite, layer=name, first=self.batches[batch] * self.batch))
-
-    def _forward(self, i: int, layer: nn.Module, hidden: Activations) -> None:
-        def forward(b: int) -> tuple[Tensor, Tensor]:
-            out = self.decoder.call(i, layer, hidden[b])
-            return out, finite_samples(out)
-
-        for b, (out, finite) in enumerate(ordered_map(forward, range(len(hidden)), self.workers)):
-            hidden[b] = out
-            self._watch(finite, self.decoder.layer_names[i], b)
-
-    def _quantize_layer(
-        self,
-        i: int,
-        layer: nn.Module,
-        work: nn.Module,
-        original: Activations,
-        hidden: Activations,
-        sensitivity: dict[str, Tensor],
-    ) -> dict[str, Quantized]:
-        """Group after group: each sees inputs that the groups before it, already quantized in `work`, produce."""
-        prefix = self.decoder.layer_names[i]
-        found: dict[str, Quantized] = {}
-        sample = hidden[0][:1]
-        groups = self.decoder.groups(i, layer, sample)
-        taps = {
-            group: Tap(self.decoder, i, group[0], find_receiver(self.decoder, i, layer, sample, group[0]))
-            if len(group) == 1
-            else Tap(self.decoder, i, group[0], None)
-            for group in groups
-        }
-        begun: list[Begun] = []
-        for group in groups:
-            if names := [n for n in group if n in self.config.layers]:
-                with self.later.timed("capture"):
-                    statistics = self._statistics(taps[group], group[0], layer, work, original, hidden)
-                known = {n: sensitivity[n] for n in names} if all(n in sensitivity for n in names) else None
-                linears = {n: work.get_submodule(n.removeprefix(f"{prefix}.")) for n in names}
-                weights = {n: cast(nn.Linear, linear).weight.float() for n, linear in linears.items()}
-                begun.append(self._begin_group(weights, replace(statistics, sensitivity=known)))
-                self._install(prefix, work, begun[-1].dense)
-                begun[-1].dense.clear()
-        self.later.settle()
-        for each in begun:
-            found |= each.quantized
-        return found
-
-    def _statistics(
-        self,
-        tap: Tap,
-        name: str,
-        layer: nn.Module,
-        work: nn.Module,
-        original: Activations,
-        hidden: Activations,
-    ) -> GroupStatistics:
-        """Moments of the inputs of a group in the original and in the quantized model, summed in order."""
-
-        def one(b: int) -> tuple[list[Tensor], list[Tensor]]:
-            x, stream = tap(work, hidden[b])
-            x0, stream0 = tap(layer, original[b])
-            finite = [finite_samples(seen) for seen in (x, x0, stream, stream0) if seen is not None]
-            return moments(x, x0, stream, stream0), finite
-
-        def sums() -> Iterator[list[Tensor]]:
-            for b, (found, finite) in enumerate(ordered_map(one, range(len(hidden)), self.workers)):
-                for each in finite:
-                    self._watch(each, name, b)
-                yield found
-
-        handles = [*tap.attach(layer), *tap.attach(work)]
-        try:
-            return mean_moments(sums(), self.parts, self.sizes, self.plan.windows.numel(), self.team)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _begin_group(self, weights: dict[str, Tensor], statistics: GroupStatistics) -> Begun:
-        read, layers = self.decoder.folder.read, self.config.layers
-        biases = {n: read(f"{n}.bias", self.decoder.device) for n in weights if layers[n].bias}
-        return begin_group(weights, biases, layers, statistics, self.settings, self.later, self.team)
-
-    def _save(self, i: int, name: str, found: dict[str, Quantized], start: float) -> None:
-        """Have the layer written while the work goes on; a kill loses no more than it and the next one."""
-        record = {"layer": name, "linears": {n: q.losses() for n, q in found.items()}}
-        record |= {"seconds": time.perf_counter() - start, "phases": dict(self.later.seconds)}
-        self.later.seconds.clear()
-        self._wait_for_writing()
-        workspace = self.workspace
-        if workspace is None:  # another process writes
-            return
-
-        def write() -> dict[str, Any]:
-            tensors: dict[str, Tensor] = {}
-            for linear, quantized in found.items():
-                tensors |= quantized.packed.to("cpu").tensors(linear)
-            workspace.save_layer(i, tensors, record)
-            return record
-
-        self.writing = self.beside.submit(write)
-
-    def _wait_for_writing(self) -> None:
-        if self.writing is not None:
-            self.listener.layer(self.writing.result())
-        self.writing = None
-
-    def _read_back(self, i: int) -> dict[str, PackedWeight]:
-        tensors, record = self.team.tell(self.workspace.load_layer(i) if self.workspace else None)
-        device = self.decoder.device
-        result = {}
-        for name in record["linears"]:
-            own = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
-            spec = self.config.layers[name]
-            result[name] = PackedWeight.from_tensors(spec, self.config.recipe(name), own).to(device)
-        return result
-
-    def _install(self, prefix: str, layer: nn.Module, dense: dict[str, Tensor]) -> None:
-        """Put quantized weights, as dense ones, in the place of the original ones."""
-        for name, weight in dense.items():
-            linear = layer.get_submodule(name.removeprefix(f"{prefix}."))
-            linear.weight = nn.Parameter(weight.to(self.decoder.dtype), requires_grad=False)
-
-    def _head(self, index: int, name: str, original: Activations, hidden: Activations) -> None:
-        """A linear after the layers (lm_head), whose input is what the model's tail makes of the last hidden states."""
-        start = time.perf_counter()
-
-        def sums() -> Iterator[list[Tensor]]:
-            for b in range(len(hidden)):
-                x0, x = (self.decoder.head_input(name, states[b]) for states in (original, hidden))
-                for seen in (x, x0):
-                    self._watch(finite_samples(seen), name, b)
-                yield moments(x, x0)
-
-        statistics = mean_moments(sums(), self.parts, self.sizes, self.plan.windows.numel(), self.team)
-        begun = self._begin_group({name: self.decoder.weight(name).float()}, statistics)
-        self.later.settle()
-        self._save(index, name, begun.quantized, start)
-
-
-def load_layer(decoder: Decoder, i: int) -> nn.Module:
-    """Layer `i`, read while the device works on something else."""
-    device = decoder.device
-    if device.type != "cuda":
-        return decoder.load_layer(i)
-    side = _side_stream(device)
-    with torch.cuda.stream(side):
-        layer = decoder.load_layer(i)
-    side.synchronize()
-    for tensor in (*layer.parameters(), *layer.buffers()):
-        tensor.record_stream(torch.cuda.default_stream(device))
-    return layer
-
-
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-def twin(layer: nn.Module) -> nn.Module:
-    """A copy of a layer whose parameters and buffers are the layer's own until they are replaced."""
-    return copy.deepcopy(layer, {id(tensor): tensor for tensor in (*layer.parameters(), *layer.buffers())})
+@torch.no_grad()
+@single_threaded()
+def _sensitivity(plan: Plan, listener: Listener, team: Team) -> dict[str, Tensor]:
+    samples = plan.windows[: plan.request.sensitivity_samples]
+    if not len(samples):
+        return {}
+    listener.phase("sensitivity", 2 * len(plan.decoder.layer_names) + 1)
+    return output_sensitivity(plan.decoder, samples, plan.request.settings.seed, listener.advance, team)

@@ -21,6 +21,8 @@ from eightfold.format import BITS, LayerSpec, QuantConfig, stored_bits
 from eightfold.model import Decoder, LinearInfo
 from eightfold.parallel import workers_for
 from eightfold.quantize import Settings, recipe
+from eightfold.rate_losses import ROWS
+from eightfold.rates import Target, blind, load_recipe, nominal_bits, with_rates
 from eightfold.rotation import IN_FLOOR, layout_blocks
 from eightfold.rvq import Residual
 from eightfold.tensor_parallel import check_heads, cut_side, largest_tp, linear_blocks
@@ -32,11 +34,15 @@ DEFAULT_LAYOUT = "pow2-sum-256"
 @dataclass(frozen=True, slots=True)
 class Request:
     """What to quantize and how. `calibration`, `eval_text`: paths, None for the bundled texts. `tp_max` None: the most
-    that fits. `device`, `dtype`: "auto" or torch's names. `include`, `exclude`: patterns of linears' full names."""
+    that fits. `device`, `dtype`: "auto" or torch's names. `include`, `exclude`: patterns of linears' full names.
+
+    One out of four says the rate: `bits` (whole ones for every linear; others are a mean), `stored_bits` (a mean),
+    `size` (bytes of all weight files), `recipe` (a file, as rates.py writes them).
+    """
 
     model: str
     out: str
-    bits: int
+    bits: float | None = None
     calibration: str | tuple[str, ...] | None = None
     samples: int = 128
     seqlen: int = 2048
@@ -51,13 +57,20 @@ class Request:
     eval_text: str | None = None
     eval_windows: int = 32
     max_ratio: float | None = None
+    stored_bits: float | None = None
+    size: int | None = None
+    recipe: str | None = None
     settings: Settings = field(default_factory=Settings)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """A request checked against its model. `windows`: of the calibration text, long [samples, seqlen]; `held_out`: of
-    the evaluation text. `left`: linears not quantized. Bytes and seconds are estimates where named so."""
+    the evaluation text. `left`: linears not quantized. Bytes and seconds are estimates where named so.
+
+    `target`: what the rates must add up to where the walk finds them out; those of `config` then only add up to it, so
+    that sizes are about right. `recipe`: text of the recipe file that gave them, if one did.
+    """
 
     request: Request
     folder: ModelFolder
@@ -65,6 +78,8 @@ class Plan:
     windows: Tensor
     held_out: Tensor
     config: QuantConfig
+    target: Target | None
+    recipe: str | None
     left: tuple[str, ...]
     output_bytes: int
     source_bytes: int
@@ -76,12 +91,19 @@ class Plan:
     def stored_bits(self) -> float:
         return stored_bits(self.config.layers.values(), self.config.scale_dtype)
 
+    @property
+    def bits(self) -> float:
+        """Mean nominal bits a weight."""
+        return nominal_bits(self.config.layers.values())
+
     def to_dict(self) -> dict[str, Any]:
         """What the user is told, ready for JSON."""
         return {
             "model": self.request.model,
             "out": self.request.out,
-            "bits": self.request.bits,
+            "bits": self.bits,
+            "target": self.target and self.target.to_dict(),
+            "recipe": self.request.recipe,
             "stored_bits": self.stored_bits,
             "codebook": self.request.settings.codebook,
             "layout": self.request.layout,
@@ -101,10 +123,10 @@ class Plan:
 
 def make_plan(request: Request) -> Plan:
     """Check everything that can be checked before the work. Raises ValueError or CheckpointError, one sentence each."""
-    if request.bits not in BITS:
-        raise ValueError(f"expected bits from {BITS[0]} to {BITS[-1]}, got {request.bits}")
-    for target in (Path(request.out), failed_path(request.out)):
-        check_target(target)
+    target = _target(request)
+    sought = target if target and not target.uniform else None
+    for path in (Path(request.out), failed_path(request.out)):
+        check_target(path)
     folder = ModelFolder(request.model)
     if folder.quantization is not None:
         raise ValueError(f"{request.model}: expected an original model, this one is quantized already")
@@ -117,21 +139,52 @@ def make_plan(request: Request) -> Plan:
     windows, held_out, origin = _texts(folder, request)
     quant_config = QuantConfig(
         layers=layers,
-        recipes={request.bits: recipe(request.bits, request.settings.codebook)},
+        recipes={BITS[0]: recipe(BITS[0], request.settings.codebook)},
         tp_max=tp_max,
         scale_dtype=request.settings.scale_dtype,
         provenance=_provenance(request, origin, dtype),
     )
+    quant_config, text = _rated(folder, decoder, quant_config, request)
     parent = Path(request.out).resolve().parent
     return Plan(
-        request, folder, decoder, windows, held_out, quant_config,
+        request, folder, decoder, windows, held_out, quant_config, sought, text,
         left=tuple(name for name in linears if name not in layers),
-        output_bytes=_output_bytes(folder, quant_config, request),
+        output_bytes=output_bytes(folder, quant_config, request),
         source_bytes=sum(info.nbytes for info in folder.tensors.values()),
         free_bytes=shutil.disk_usage(next(p for p in (parent, *parent.parents) if p.exists())).free,
         peak_bytes_estimate=_peak_bytes(decoder, chosen, windows, request),
-        seconds_estimate=_seconds(decoder, chosen, windows, request),
+        seconds_estimate=_seconds(decoder, chosen, windows, request, nominal_bits(quant_config.layers.values())),
     )  # fmt: skip
+
+
+def _target(request: Request) -> Target | None:
+    """What the rates must add up to; None where a recipe says them."""
+    asked = {"bits": request.bits, "stored_bits": request.stored_bits, "size": request.size}
+    if request.recipe is None:
+        target = Target(request.bits, request.stored_bits, request.size)
+        if target.uniform is None and request.sensitivity_samples < 1:
+            raise ValueError(f"{target}: expected sensitivity samples to find the rates with, got none")
+        return target
+    if given := [name for name, value in asked.items() if value is not None]:
+        raise ValueError(f"expected a recipe alone or {given[0]} alone, got both")
+    return None
+
+
+def _rated(
+    folder: ModelFolder, decoder: Decoder, config: QuantConfig, request: Request
+) -> tuple[QuantConfig, str | None]:
+    """`config` with the rates asked for, or with some that add up to the target; the text of the recipe, if one is."""
+    target = _target(request)
+    if target is None:
+        assert request.recipe is not None
+        text, rates = load_recipe(request.recipe, config.layers)
+        return with_rates(config, rates), text
+    if target.uniform:
+        return with_rates(config, dict.fromkeys(config.layers, target.uniform)), None
+    infos = decoder.linear_shapes()
+    groups = _groups(decoder, {name: infos[name] for name in config.layers})
+    blindly = blind(([name for name, _ in members] for members in groups.values()), config.layers)
+    return target.choose(blindly, config, lambda each: output_bytes(folder, each, request)), None
 
 
 def check_room(plan: Plan) -> None:
@@ -210,6 +263,7 @@ def _shape(info: LinearInfo) -> tuple[int, int]:
 
 
 def _spec(folder: ModelFolder, name: str, info: LinearInfo, request: Request, tp_max: int) -> LayerSpec:
+    """At the lowest rate; the rates come after."""
     N, K = _shape(info)
     if info.layer_index is None:  # logits are cut by words: no rotation on that side
         out_blocks, in_blocks = (1,) * N, layout_blocks(K, request.layout, IN_FLOOR)
@@ -218,7 +272,7 @@ def _spec(folder: ModelFolder, name: str, info: LinearInfo, request: Request, tp
     bias = None
     if info.bias:
         bias = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[folder.tensors[f"{name}.bias"].dtype]
-    return LayerSpec(N, K, request.bits, out_blocks, in_blocks, bias)
+    return LayerSpec(N, K, BITS[0], out_blocks, in_blocks, bias)
 
 
 def _texts(folder: ModelFolder, request: Request) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -236,7 +290,7 @@ def _texts(folder: ModelFolder, request: Request) -> tuple[Tensor, Tensor, dict[
     return windows, held_out, origin
 
 
-def _output_bytes(folder: ModelFolder, config: QuantConfig, request: Request) -> int:
+def output_bytes(folder: ModelFolder, config: QuantConfig, request: Request) -> int:
     """Bytes of the weight files, exactly."""
     tensors = output_tensors(folder, config)
     shards = plan_shards(tensors, request.shard_bytes).values()
@@ -244,10 +298,13 @@ def _output_bytes(folder: ModelFolder, config: QuantConfig, request: Request) ->
 
 
 def _provenance(request: Request, origin: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    target = _target(request)
+    rates = "recipe" if target is None else target.to_dict()
     return {
         "eightfold": eightfold.__version__,
         "base_model": Path(request.model).name,
         "calibration": origin,
+        "rates": rates,
         "layout": request.layout,
         "include": list(request.include),
         "exclude": list(request.exclude),
@@ -257,12 +314,12 @@ def _provenance(request: Request, origin: dict[str, Any], dtype: torch.dtype) ->
     }
 
 
-def _groups(decoder: Decoder, chosen: dict[str, LinearInfo]) -> dict[tuple[Any, ...], list[LinearInfo]]:
+def _groups(decoder: Decoder, chosen: dict[str, LinearInfo]) -> dict[tuple[Any, ...], list[tuple[str, LinearInfo]]]:
     """Which linears will probably share an input, for the estimates alone: same parent, inputs and cut side."""
-    groups: dict[tuple[Any, ...], list[LinearInfo]] = {}
+    groups: dict[tuple[Any, ...], list[tuple[str, LinearInfo]]] = {}
     for name, info in chosen.items():
         key = (info.layer_index, name.rpartition(".")[0], info.in_features, cut_side(decoder.folder.config, name))
-        groups.setdefault(key, []).append(info)
+        groups.setdefault(key, []).append((name, info))
     return groups
 
 
@@ -285,10 +342,14 @@ def _peak_bytes(decoder: Decoder, chosen: dict[str, LinearInfo], windows: Tensor
     per_layer: dict[int | None, int] = {}
     groups = _groups(decoder, chosen)
     for (layer, *_), members in groups.items():
-        per_layer[layer] = per_layer.get(layer, 0) + members[0].in_features ** 2
+        per_layer[layer] = per_layer.get(layer, 0) + members[0][1].in_features ** 2
     hessians = max(per_layer.values()) * 2 * 4 * (1 + workers_for(decoder.device) + 1)
     group = (
-        max(sum(i.out_features * i.in_features for i in m) * 9 + 6 * m[0].in_features ** 2 for m in groups.values()) * 4
+        max(
+            sum(i.out_features * i.in_features for _, i in m) * 9 + 6 * m[0][1].in_features ** 2
+            for m in groups.values()
+        )
+        * 4
     )
     params = sum(info.nbytes for info in decoder.folder.tensors.values()) // 2
     shell = (params - sum(layers.values())) * item
@@ -296,20 +357,26 @@ def _peak_bytes(decoder: Decoder, chosen: dict[str, LinearInfo], windows: Tensor
     return max(walk, params * item + 2 * max(layers.values()) * 4)
 
 
-def _seconds(decoder: Decoder, chosen: dict[str, LinearInfo], windows: Tensor, request: Request) -> float:
+def _seconds(decoder: Decoder, chosen: dict[str, LinearInfo], windows: Tensor, request: Request, bits: float) -> float:
     """Operations over rates that are measured now, for about half a second."""
-    book = recipe(request.bits, request.settings.codebook)
+    book = recipe(round(bits), request.settings.codebook)
     flops, vectors = _rates(decoder.device, book)
     weights = sum(info.out_features * info.in_features for info in chosen.values())
     tokens = windows.numel()
     sensed = min(request.sensitivity_samples, len(windows)) * windows.shape[1]
-    squares = sum(m[0].in_features ** 2 for m in _groups(decoder, chosen).values())
+    squares = sum(m[0][1].in_features ** 2 for m in _groups(decoder, chosen).values())
     feedback = sum(info.out_features * info.in_features**2 for info in chosen.values())
     forwards = 2 * weights * (3 * tokens + 4 * sensed + 2 * request.eval_windows * windows.shape[1])
     searched = 1 + len(request.settings.multipliers) * min(
         1.0, request.settings.search_rows * len(chosen) / sum(i.out_features for i in chosen.values())
     )
-    return (forwards + 4 * squares * tokens + 2 * feedback * searched) / flops + weights / 8 * searched / vectors
+    work = (forwards + 4 * squares * tokens + 2 * feedback * searched) / flops + weights / 8 * searched / vectors
+    if (target := _target(request)) is None or target.uniform:
+        return work
+    # To find the rates: one more forward of some windows, and some rows of each linear at every rate.
+    rows = sum(min(ROWS, info.out_features) * info.in_features for info in chosen.values())
+    effort = sum(len(recipe(b, request.settings.codebook).stages) for b in BITS) / len(book.stages)
+    return work + (2 * weights + 2 * squares) * sensed / flops + rows / 8 * effort / vectors
 
 
 def _rates(device: torch.device, book: Residual) -> tuple[float, float]:
