@@ -4,6 +4,8 @@
     python benchmarks/quantize.py --shape 8b --bits 2 --layers 4       # only that many layers of it: said in the row
     python benchmarks/quantize.py --model reference-lm --calibration calibration.txt --seqlen 1024 --bits 2 3 4
 
+    python benchmarks/quantize.py --model reference-lm --calibration calibration.txt --seqlen 1024 --bits 2 --peer glq
+
 prints a table, draws the phases into --picture, and appends the rows to benchmarks/results/quantize.jsonl. What random
 weights become is of no interest here; the work is that of trained ones. Under torchrun every process takes its GPU.
 """
@@ -100,15 +102,21 @@ class Clock:
 
     phases: dict[str, float] = field(default_factory=dict)
     inside: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)  # bytes of the GPU's memory, by phase
     name: str = "reading"
     began: float = field(default_factory=time.perf_counter)
 
     def phase(self, name: str, steps: int) -> None:
         now = time.perf_counter()
         self.phases[self.name] = self.phases.get(self.name, 0.0) + now - self.began
+        if torch.cuda.is_available():
+            self.peaks[self.name] = max(self.peaks.get(self.name, 0), torch.cuda.max_memory_allocated())
+            torch.cuda.reset_peak_memory_stats()
         self.name, self.began = name, now
 
     def advance(self, steps: int) -> None: ...
+
+    def note(self, text: str) -> None: ...
 
     def layer(self, record: dict[str, Any]) -> None:
         for name, seconds in record["phases"].items():
@@ -117,9 +125,6 @@ class Clock:
 
 def measure(request: Request, about: dict[str, Any]) -> dict[str, Any]:
     """Quantize as `request` says, in a folder that is thrown away: a row."""
-    gpu = torch.cuda.is_available()
-    if gpu:
-        torch.cuda.reset_peak_memory_stats()
     start, clock = time.perf_counter(), Clock()
     with tempfile.TemporaryDirectory(dir=Path(request.model).parent) as folder:
         plan = make_plan(Request(**{**vars_of(request), "out": str(Path(folder) / "out")}))
@@ -137,10 +142,37 @@ def measure(request: Request, about: dict[str, Any]) -> dict[str, Any]:
         "phases": {"plan": planning, **clock.phases},
         "inside_layers": clock.inside,
         "estimated_seconds": plan.seconds_estimate,
-        "peak_gpu_bytes": torch.cuda.max_memory_allocated() if gpu else 0,
+        "peak_gpu_bytes": max(clock.peaks.values(), default=0),
+        "peaks": clock.peaks,
         "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "peak_bytes_estimate": plan.peak_bytes_estimate,
     }
+
+
+def measure_glq(request: Request, about: dict[str, Any]) -> dict[str, Any]:
+    """A row of GLQ's own quantization on the tokens of the same text, timed from its first line to its last."""
+    import types
+
+    from glq.quantize_model import quantize  # pyright: ignore[reportMissingImports]
+
+    # It takes its text from a data set on the hub: ours stands in for that.
+    text = {"text": [Path(str(request.calibration)).read_text(encoding="utf-8")]}
+    stand_in = types.ModuleType("datasets")
+    stand_in.load_dataset = lambda *_, **__: text  # type: ignore[attr-defined]
+    sys.modules["datasets"] = stand_in
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        quantize(
+            model_name=request.model, output_dir=folder, bpw=request.bits, nsamples=request.samples,
+            seqlen=request.seqlen, device="cuda", codebook_type="e8p",
+        )  # fmt: skip
+    seconds = time.perf_counter() - start
+    about = {**about, "model": f"{about['model']}, GLQ 0.6.6"}
+    return {
+        **about, "bits": request.bits, "samples": request.samples, "seqlen": request.seqlen, "seconds": seconds,
+        "phases": {"all": seconds}, "inside_layers": {}, "peak_gpu_bytes": torch.cuda.max_memory_allocated(),
+        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }  # fmt: skip
 
 
 def vars_of(request: Request) -> dict[str, Any]:
@@ -194,6 +226,9 @@ def main() -> None:
     parser.add_argument("--calibration")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument(
+        "--peer", choices=["glq"], help="time this in our place; installed, with a text to --calibration"
+    )
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as made:
@@ -213,7 +248,7 @@ def main() -> None:
                 model, "", bits, args.calibration, args.samples, args.seqlen, args.device, args.dtype,
                 max_ratio=1e30, settings=Settings(),
             )  # fmt: skip
-            rows.append(measure(request, about))
+            rows.append(measure_glq(request, about) if args.peer else measure(request, about))
             print(json.dumps(rows[-1]), flush=True)
             append("quantize", rows[-1:], shape=args.shape, dtype=args.dtype)
     print_table(rows)

@@ -5,17 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from models import write_model
 from small import files_of, small_text
-
-from eightfold.checkpoint import partial_path
-from eightfold.team import Team
 
 
 def command(model: Path, out: Path, processes: int, **more: Any) -> list[str]:
