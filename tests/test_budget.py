@@ -28,6 +28,7 @@ LAYERS = (
     ("quantize",),
     ("linear", "skeleton", "calibration", "checkpoint", "glq_tensors", "rates"),
     ("model", "hf", "glq"),
+    ("loading", "cost"),
     ("evaluate", "sensitivity", "stream", "hf_glq", "glq_folder", "rate_losses"),
     ("preflight",),
     ("gate", "spread"),

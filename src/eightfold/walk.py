@@ -6,8 +6,9 @@ import copy
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from eightfold import spread
 from eightfold.activations import Activations
 from eightfold.checkpoint import Workspace
+from eightfold.cost import batch_size
 from eightfold.format import PackedWeight
+from eightfold.loading import loaded_layers
 from eightfold.model import Decoder, check_finite, finite_samples
 from eightfold.moments import GroupStatistics, mean_moments, moments
 from eightfold.parallel import ordered_map, single_threaded, workers_for
@@ -25,8 +28,6 @@ from eightfold.quantize import Begun, Quantized, begin_group, dequantize
 from eightfold.queued import Later
 from eightfold.stream import Tap, find_receiver
 from eightfold.team import PARTS, Team
-
-BATCH_TOKENS = 16384  # tokens of one forward on a GPU
 
 
 class Listener(spread.Listener, Protocol):
@@ -46,8 +47,7 @@ class Walk:
         self.workers = workers_for(self.decoder.device)
         # Samples that one forward takes: on a CPU one a thread, on a GPU as many as keep it busy.
         samples, length = plan.windows.shape
-        tokens = BATCH_TOKENS if self.decoder.device.type != "cpu" else 1
-        self.batch = max(1, min(tokens // length, samples // PARTS))
+        self.batch = 1 if self.decoder.device.type == "cpu" else batch_size(samples, length)
         # Batches are cut into parts, of which this process takes some.
         count = -(-samples // self.batch)
         self.parts = min(PARTS, count)
@@ -56,8 +56,7 @@ class Walk:
         self.sizes = [bounds[part + 1] - bounds[part] for part in own]
         self.batches = range(bounds[own.start], bounds[own.stop])
         self.later = Later(self.decoder.device)
-        # Reading the next layer and writing the last one go on beside the work.
-        self.beside = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))
+        self.beside = ThreadPoolExecutor(1)  # writes the last layer
         self.writing: Future[dict[str, Any]] | None = None
 
     @torch.no_grad()
@@ -71,13 +70,10 @@ class Walk:
         original = Activations(self._embedded(), decoder.device, on_host=False)
         decoder.release()  # the embedding is not needed in memory while the layers are
         hidden = original.copy()
-        with self.beside:
-            coming = self.beside.submit(load_layer, decoder, 0)
+        with self.beside, closing(loaded_layers(decoder, range(count))) as layers:
             for i, name in enumerate(decoder.layer_names):
                 start = time.perf_counter()
-                layer = coming.result()
-                if i + 1 < count:
-                    coming = self.beside.submit(load_layer, decoder, i + 1)
+                layer = next(layers)
                 work = twin(layer)  # the layer with what is quantized so far
                 if i in done:
                     self._install(name, work, {n: dequantize(p) for n, p in self._read_back(i).items()})
@@ -238,25 +234,6 @@ class Walk:
         begun = self._begin_group({name: self.decoder.weight(name).float()}, statistics)
         self.later.settle()
         self._save(index, name, begun.quantized, start)
-
-
-def load_layer(decoder: Decoder, i: int) -> nn.Module:
-    """Layer `i`, read while the device works on something else."""
-    device = decoder.device
-    if device.type != "cuda":
-        return decoder.load_layer(i)
-    side = _side_stream(device)
-    with torch.cuda.stream(side):
-        layer = decoder.load_layer(i)
-    side.synchronize()
-    for tensor in (*layer.parameters(), *layer.buffers()):
-        tensor.record_stream(torch.cuda.default_stream(device))
-    return layer
-
-
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
 
 
 def twin(layer: nn.Module) -> nn.Module:
