@@ -141,11 +141,11 @@ def measure(request: Request, about: dict[str, Any]) -> dict[str, Any]:
         "seconds": time.perf_counter() - start,
         "phases": {"plan": planning, **clock.phases},
         "inside_layers": clock.inside,
-        "estimated_seconds": plan.seconds_estimate,
+        "estimated_seconds": plan.cost.seconds,
         "peak_gpu_bytes": max(clock.peaks.values(), default=0),
         "peaks": clock.peaks,
         "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "peak_bytes_estimate": plan.peak_bytes_estimate,
+        **plan.cost.to_dict(),
     }
 
 

@@ -17,6 +17,7 @@ from eightfold.pipeline import quantize_model
 from eightfold.preflight import make_plan
 from eightfold.quantize import Settings, begin_group, dequantize, quantize_group
 from eightfold.queued import Later
+from eightfold.team import Team
 
 pytestmark = pytest.mark.gpu
 
@@ -61,7 +62,7 @@ def test_a_group_is_queued_without_waiting() -> None:
     later = Later(torch.device("cuda"))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        begun = begin_group(weights, {}, specs, statistics, Settings(), later)
+        begun = begin_group(weights, {}, specs, statistics, Settings(), later, Team())
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert begun.quantized == {}

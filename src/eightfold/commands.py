@@ -10,8 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from eightfold import checkpoint
 from eightfold.calibration import windows as cut_windows
 from eightfold.console import Terminal, duration, pairs, plus_minus, size, table
@@ -204,7 +202,7 @@ def preflight_rows(plan: Plan) -> list[tuple[str, str]]:
         ("runs on", f"{facts['device']} in {facts['dtype']}"),
         ("output", f"{about}{facts['output_bytes']:,} bytes ({size(facts['output_bytes'])})"),
         ("free disk", size(facts["free_bytes"])),
-        ("peak memory", f"about {size(facts['peak_bytes_estimate'])} of {size(_memory(plan.decoder.device))}"),
+        ("peak memory", _memory_words(plan)),
         ("time", f"about {duration(facts['seconds_estimate'])}"),
     ]
 
@@ -253,7 +251,12 @@ def _request(options: Namespace) -> Request:
         eval_text=options.eval_text,
         max_ratio=options.max_ratio,
         settings=Settings(seed=options.seed, scale_dtype=options.scale_dtype, codebook=options.codebook),
-        **{key: value for key in ("layout", "shard_bytes") if (value := getattr(options, key)) is not None},
+        gpus=options.gpus or 1,
+        **{
+            key: value
+            for key in ("layout", "shard_bytes", "gpu_memory")
+            if (value := getattr(options, key)) is not None
+        },
     )
 
 
@@ -279,11 +282,16 @@ def _tokenizer(folder: ModelFolder, against: ModelFolder | None) -> PreTrainedTo
     return tokenizer
 
 
-def _memory(device: torch.device) -> int:
-    """Bytes of the device's memory, all of it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def _memory_words(plan: Plan) -> str:
+    cost, host = plan.cost, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    on_host = f"about {size(cost.host_bytes)} of {size(host)} of the host's"
+    if cost.usable_bytes is None:
+        return on_host
+    each = " on each GPU" if cost.gpus > 1 else " on the GPU"
+    where = "host" if cost.on_host else "GPU"
+    return (
+        f"about {size(cost.gpu_bytes)} of {size(cost.usable_bytes)}{each}, {on_host}; activations wait on the {where}"
+    )
 
 
 def _patterns(names: Sequence[str]) -> str:

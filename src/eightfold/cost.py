@@ -7,12 +7,13 @@ GPU compares it with what a run takes. Time is operations over rates, which are 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from eightfold.quantize import Settings, recipe
+from eightfold.prepare import Settings
 from eightfold.rvq import Residual
 from eightfold.team import PARTS
 
@@ -37,10 +38,12 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Sizes that decide what a quantization costs. `layer`: groups of the largest decoder layer; `parameters`: of the
-    whole model, `outside` of them around the layers; `item`: bytes of an activation; `bits`: nominal, the mean."""
+    """Sizes that decide what a quantization costs. `layer`: groups of the largest decoder layer, `head`: the one after
+    the layers if it is quantized; `parameters`: of the whole model, `outside` of them around the layers; `sensed`:
+    samples of the sensitivity; `item`: bytes of an activation; `bits`: nominal, the mean."""
 
     layer: tuple[Group, ...]
+    head: Group | None
     layers: int
     hidden: int
     heads: int
@@ -67,11 +70,12 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """`gpus`: that share the work; `memory`: bytes of each that may be used. Operations a second of products of 16-bit
-    and of float32 numbers, vectors of 8 encoded a second, bytes a second from the disk."""
+    """`gpus`: that share the work; `memory`: bytes of each that may be used, None where the work is done by CPUs.
+    Operations a second of products of the forwards' dtype and of float32, vectors of 8 encoded a second, bytes a second
+    from the disk."""
 
     gpus: int
-    memory: int
+    memory: int | None
     flops16: float
     flops32: float
     vectors: float
@@ -80,13 +84,31 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Bytes of each GPU at most and of the host, all processes together; seconds. `on_host`: activations wait there."""
+    """`gpu_bytes` of each GPU at most, of `usable_bytes` (None: no GPU); `host_bytes` at most, of all processes;
+    `on_host`: activations wait in the host's memory, `sensed_on_host`: those of the sensitivity do."""
 
+    gpus: int
     gpu_bytes: int
+    usable_bytes: int | None
     host_bytes: int
     seconds: float
     on_host: bool
-    fits: bool
+    sensed_on_host: bool
+
+    @property
+    def fits(self) -> bool:
+        """Whether the GPU's memory is enough."""
+        return self.usable_bytes is None or self.gpu_bytes <= self.usable_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the user is told, ready for JSON."""
+        return {
+            "gpus": self.gpus,
+            "peak_bytes_estimate": self.host_bytes if self.usable_bytes is None else self.gpu_bytes,
+            "host_bytes_estimate": self.host_bytes,
+            "activations_on": "host" if self.on_host or self.usable_bytes is None else "gpu",
+            "seconds_estimate": self.seconds,
+        }
 
 
 def batch_size(samples: int, seqlen: int) -> int:
@@ -96,11 +118,17 @@ def batch_size(samples: int, seqlen: int) -> int:
 
 def estimate(work: Work, machine: Machine) -> Cost:
     """The cost on a machine, with the activations on the GPU if they fit its memory."""
-    on_gpu = gpu_bytes(work, machine.gpus, on_host=False)
-    on_host = on_gpu > machine.memory
-    needed = gpu_bytes(work, machine.gpus, on_host=True) if on_host else on_gpu
-    host = host_bytes(work, machine.gpus, on_host)
-    return Cost(needed, host, seconds(work, machine), on_host, needed <= machine.memory)
+    gpus, memory, took = machine.gpus, machine.memory, seconds(work, machine)
+    needed = gpu_bytes(work, gpus, on_host=False)
+    if memory is None:
+        return Cost(gpus, 0, None, needed - CONTEXT_BYTES + host_bytes(work, gpus, False, True), took, False, True)
+    if on_host := needed > memory:
+        needed = gpu_bytes(work, gpus, on_host=True)
+    sensing = CONTEXT_BYTES + _sensing(work) + sensed_bytes(work, gpus)
+    if not (sensed_on_host := sensing > memory):
+        needed = max(needed, sensing)
+    host = host_bytes(work, gpus, on_host, sensed_on_host)
+    return Cost(gpus, needed, memory, host, took, on_host, sensed_on_host)
 
 
 def activation_bytes(work: Work, gpus: int) -> int:
@@ -119,13 +147,27 @@ def gpu_bytes(work: Work, gpus: int, on_host: bool) -> int:
     forward = batch * work.item * (8 * work.hidden + 4 * widest)
     walk = streams + weights + max(
         max(_capture(group, batch, work.item, gpus) + forward for group in work.layer),
-        max(_quantize(group) for group in work.layer),
+        max(_quantize(group) for group in (*work.layer, *([work.head] if work.head else []))),
     )  # fmt: skip
-    # One window through a layer with a gradient, attention written out; logits.
-    attention = 4 * work.heads * work.seqlen**2 * work.item + 2 * work.heads * work.seqlen**2 * 4
-    sensing = weights + work.seqlen * work.item * (16 * work.hidden + 8 * widest) + attention
-    logits = work.outside * work.item + 4 * POSITIONS * work.vocabulary * 4
-    return CONTEXT_BYTES + max(walk, max(sensing, logits) if work.sensed else 0, 2 * logits)
+    return CONTEXT_BYTES + max(walk, _sensing(work) if work.sensed else 0, 2 * _outside(work))
+
+
+def sensed_bytes(work: Work, gpus: int) -> int:
+    """Of the hidden states between all layers and the gradients, of the windows of the sensitivity on one GPU."""
+    return (work.layers + 3) * -(-work.sensed // gpus) * work.seqlen * work.hidden * work.item
+
+
+def _sensing(work: Work) -> int:
+    """One window through a layer with a gradient, attention written out."""
+    widest = max(group.inputs for group in work.layer)
+    attention = work.heads * work.seqlen**2 * (4 * work.item + 2 * 4)
+    layer = 3 * work.weights * work.item + work.seqlen * work.item * (16 * work.hidden + 8 * widest) + attention
+    return max(layer, _outside(work))
+
+
+def _outside(work: Work) -> int:
+    """Embedding and head, and some positions' logits."""
+    return work.outside * work.item + 4 * POSITIONS * work.vocabulary * 4
 
 
 def _capture(group: Group, batch: int, item: int, gpus: int) -> int:
@@ -137,24 +179,21 @@ def _capture(group: Group, batch: int, item: int, gpus: int) -> int:
 
 
 def _quantize(group: Group) -> int:
-    """quantize.begin_group, with statistics and weights in float32."""
+    """quantize.begin_group, with statistics and weights in float32: fitted to what it took on an H200."""
     W, H = 4 * group.weights, 4 * group.inputs**2
     largest = 4 * group.inputs * max(group.outputs)
     given = W + 2 * H + (W if group.adds else 0)
-    correcting = 2 * H + W + 4 * largest
-    factoring = 6 * H + W
-    rounding = 2 * H + 4 * W
-    fitting = 2 * H + 4 * W + 5 * largest
-    return given + max(correcting, factoring, rounding, fitting)
+    factoring = 5 * H + 2 * W
+    fitting = 2 * H + 3 * W + 9 * largest // 2
+    return given + max(factoring, fitting)
 
 
-def host_bytes(work: Work, gpus: int, on_host: bool) -> int:
+def host_bytes(work: Work, gpus: int, on_host: bool, sensed_on_host: bool) -> int:
     """Most that the host holds at once, of all processes."""
-    kept = (work.layers + 1) * work.sensed * work.seqlen * work.hidden * work.item
+    kept = gpus * sensed_bytes(work, gpus) if sensed_on_host else 0
     streams = gpus * activation_bytes(work, gpus) if on_host else 0
-    codes = int(work.bits / 8 * work.parameters)
-    layer = work.weights * work.item
-    return gpus * (HOST_BYTES + 2 * layer) + max(kept, streams + 3 * layer, codes + work.outside * work.item)
+    codes = int(work.bits / 8 * work.weights)
+    return gpus * HOST_BYTES + max(kept, streams) + (2 * gpus + 1) * work.weights * work.item + 2 * codes
 
 
 def seconds(work: Work, machine: Machine) -> float:
@@ -174,30 +213,28 @@ def seconds(work: Work, machine: Machine) -> float:
     return work.layers * layer + reading
 
 
-def effort(bits: float, codebook: str) -> int:
-    """Stages of a rate, which all are searched."""
-    return len(recipe(round(bits), codebook).stages)
+def fast_rate(device: torch.device, dtype: torch.dtype, flops: float) -> float:
+    """Measured operations per second of products in `dtype`; `flops` are those of float32."""
+    if device.type == "cpu" or dtype.itemsize > 2:
+        return flops
+    x = torch.randn(8192, 8192, device=device, dtype=dtype)
+    return 2 * len(x) ** 3 / _best(device, lambda: x @ x)
 
 
-def measure(device: torch.device, book: Residual, dtype: torch.dtype, memory: int, gpus: int) -> Machine:
-    """A machine with GPUs, or CPUs, like `device`; its rates are measured now, for about half a second."""
-    x = torch.randn(1024 if device.type == "cpu" else 4096, 1024 if device.type == "cpu" else 4096, device=device)
-    vectors = torch.randn(1 << (14 if device.type == "cpu" else 17), 8, device=device)
+def rates(device: torch.device, book: Residual) -> tuple[float, float]:
+    """Measured float32 operations and encoded vectors per second."""
+    size, count = (1024, 1 << 14) if device.type == "cpu" else (4096, 1 << 20)
+    x, vectors = torch.randn(size, size, device=device), torch.randn(count, 8, device=device)
+    return 2 * size**3 / _best(device, lambda: x @ x), count / _best(device, lambda: book.encode(vectors))
 
-    def seconds(call: Any) -> float:
-        best = float("inf")
-        for _ in range(3):
-            start = time.perf_counter()
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            best = min(best, time.perf_counter() - start)
-        return best
 
-    operations = 2 * len(x) ** 3
-    flops32 = operations / seconds(lambda: x @ x)
-    flops16 = flops32
-    if device.type == "cuda" and dtype.itemsize == 2:
-        y = x.to(dtype)
-        flops16 = operations / seconds(lambda: y @ y)
-    return Machine(gpus, memory, flops16, flops32, len(vectors) / seconds(lambda: book.encode(vectors)))
+def _best(device: torch.device, work: Callable[[], Any]) -> float:
+    """The fastest of three."""
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 
@@ -12,7 +12,7 @@ from torch import nn
 from eightfold.model import Decoder
 
 
-def loaded_layers(decoder: Decoder, indices: Iterable[int]) -> Iterator[nn.Module]:
+def loaded_layers(decoder: Decoder, indices: Iterable[int]) -> Generator[nn.Module, None, None]:
     """The layers `indices` with their weights, in order. Memory for one more than the caller holds."""
     with ThreadPoolExecutor(1) as pool:
         coming: Future[nn.Module] | None = None

@@ -68,6 +68,7 @@ def _add_quantize(parser: ArgumentParser) -> None:
     add("--tp-max", type=_count, metavar="N", help="tensor parallelism the file is good for (default: the most)")
     add("--shard-size", type=_bytes, dest="shard_bytes", metavar="SIZE", help="of a weight file at most: 4GB, 500MB")
     add("--gpus", type=_count, metavar="G", help="GPUs of this machine that share the work (default: one)")
+    add("--gpu-memory", type=_bytes, metavar="SIZE", help="of each GPU to use at most: 24GB (default: all)")
     add("--resume", action=BooleanOptionalAction, default=True, help="go on where the same command was interrupted")
     add("--dry-run", action="store_true", help="say what it would take and give, and stop")
     add("--eval-text", metavar="PATH", help="held-out text for the gate (default: the bundled one)")

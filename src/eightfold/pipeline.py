@@ -38,6 +38,7 @@ def quantize_model(plan: Plan, listener: Listener) -> Outcome:
     the layers; process 0 alone finds rates, writes, judges, and tells its listener. All return the same.
     """
     team = Team()
+    _limit_memory(plan)
     if team.size > (most := min(PARTS, len(plan.windows))):
         raise ValueError(f"expected at most {most} processes to share {len(plan.windows)} samples, came {team.size}")
     if team.rank:
@@ -80,6 +81,13 @@ def _walk(plan: Plan, workspace: Workspace | None, listener: Listener, team: Tea
     return config, recipe
 
 
+def _limit_memory(plan: Plan) -> None:
+    """Have PyTorch refuse what goes beyond the memory that may be used, as a smaller GPU would."""
+    device, limit = plan.decoder.device, plan.cost.usable_bytes
+    if limit is not None:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.mem_get_info(device)[1]), device)
+
+
 def _fingerprint(plan: Plan, config: QuantConfig) -> dict[str, Any]:
     """All that the bytes of the result depend on."""
     return {
@@ -98,4 +106,5 @@ def _sensitivity(plan: Plan, listener: Listener, team: Team) -> dict[str, Tensor
     if not len(samples):
         return {}
     listener.phase("sensitivity", 2 * len(plan.decoder.layer_names) + 1)
-    return output_sensitivity(plan.decoder, samples, plan.request.settings.seed, listener.advance, team)
+    seed, on_host = plan.request.settings.seed, plan.cost.sensed_on_host
+    return output_sensitivity(plan.decoder, samples, seed, listener.advance, team, on_host)

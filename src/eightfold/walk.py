@@ -67,7 +67,7 @@ class Walk:
         head = [name for name in self.config.layers if decoder.linear_shapes()[name].layer_index is None]
         count = len(decoder.layer_names)
         self.listener.phase("layers", count)
-        original = Activations(self._embedded(), decoder.device, on_host=False)
+        original = Activations(self._embedded(), decoder.device, self.plan.cost.on_host)
         decoder.release()  # the embedding is not needed in memory while the layers are
         hidden = original.copy()
         with self.beside, closing(loaded_layers(decoder, range(count))) as layers:
