@@ -30,6 +30,7 @@ LAYERS = (
     ("model", "hf", "glq"),
     ("loading", "cost"),
     ("evaluate", "sensitivity", "stream", "hf_glq", "glq_folder", "rate_losses"),
+    ("sizes",),
     ("preflight",),
     ("gate", "spread"),
     ("walk",),

@@ -77,6 +77,7 @@ def _run_here(options: Namespace, terminal: Terminal) -> tuple[int, dict[str, An
         "quantize": commands.run_quantize,
         "eval": commands.run_eval,
         "convert": commands.run_convert,
+        "estimate": commands.run_estimate,
         "inspect": commands.run_inspect,
         "verify": commands.run_verify,
         "demo": commands.run_demo_command,

@@ -24,6 +24,7 @@ from eightfold.pipeline import Outcome, quantize_model
 from eightfold.preflight import Plan, Request, choose_device, choose_dtype, make_plan
 from eightfold.quantize import Settings
 from eightfold.report import COLUMNS, PAGE, cells
+from eightfold.sizes import Tokens, costs
 from eightfold.team import Team
 from eightfold.verify import verify
 
@@ -66,6 +67,24 @@ def _quantize(options: Namespace, device: str, terminal: Terminal) -> Result:
         "gate": outcome.verdict.to_dict(),
         "layers": outcome.records,
     }
+
+
+def run_estimate(options: Namespace, terminal: Terminal) -> Result:
+    """What a quantization would take on machines that need not be here, from the config alone."""
+    found = costs(options.config, options.bits, Tokens(options.samples, options.seqlen))
+    rows = [
+        [
+            name,
+            size(cost.gpu_bytes),
+            "yes" if cost.fits else "no",
+            "host" if cost.on_host else "GPU",
+            size(cost.host_bytes),
+            duration(cost.seconds),
+        ]
+        for name, cost in found.items()
+    ]
+    terminal.results.print(table(("machine", "on each GPU", "fits", "activations on", "on the host", "time"), rows))
+    return DONE, {"machines": {name: cost.to_dict() | {"fits": cost.fits} for name, cost in found.items()}}
 
 
 def run_eval(options: Namespace, terminal: Terminal) -> Result:

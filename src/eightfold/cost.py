@@ -205,7 +205,7 @@ def seconds(work: Work, machine: Machine) -> float:
     searched = len(settings.multipliers) * min(1.0, settings.search_rows * len(work.layer) / rows)
     forwards = 2 * work.weights * (4.8 * tokens / machine.gpus + 6 * sensed / machine.gpus + 2 * work.eval_tokens)
     squares = sum(4 * g.inputs**2 + (2 * g.weights if g.adds else 0) for g in work.layer) * tokens / machine.gpus
-    products = sum(12 * g.weights * g.inputs + 8 * g.inputs**3 for g in work.layer)
+    products = sum(12 * g.weights * g.inputs + 1.2 * g.inputs**3 for g in work.layer)
     feedback = sum(g.weights * g.inputs for g in work.layer) * (1 + searched) / machine.gpus
     layer = (forwards + squares) / fast + (products + feedback) / machine.flops32
     layer += work.weights / 8 * (1 + searched) / machine.vectors / machine.gpus

@@ -25,6 +25,11 @@ def make_parser(kind: type[ArgumentParser] = ArgumentParser) -> ArgumentParser:
     _add_convert(
         commands.add_parser("convert", parents=[every], help="a GLQ checkpoint to eightfold's format, or back")
     )
+    costs = commands.add_parser("estimate", parents=[every], help="memory and time, from a model's config alone")
+    costs.add_argument("config", metavar="DIR", help="a folder with a config.json; it needs no weights")
+    costs.add_argument("--bits", type=_positive, default=4.0, metavar="B", help="nominal bits (default: %(default)g)")
+    costs.add_argument("--samples", type=_count, default=128, metavar="N", help="windows (default: %(default)s)")
+    costs.add_argument("--seqlen", type=_count, default=2048, metavar="N", help="tokens of each (default: %(default)s)")
     inspect = commands.add_parser("inspect", parents=[every], help="sizes, layouts and losses of a checkpoint")
     inspect.add_argument("dir", metavar="DIR", help="an eightfold or GLQ checkpoint")
     verify = commands.add_parser("verify", parents=[every], help="check a checkpoint's files, weights and loading")

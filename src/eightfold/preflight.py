@@ -15,7 +15,7 @@ from torch import Tensor
 import eightfold
 from eightfold import calibration
 from eightfold.checkpoint import check_target, output_tensors, plan_shards
-from eightfold.cost import Cost, Group, Machine, Work, estimate, fast_rate
+from eightfold.cost import Cost, Machine, estimate, fast_rate
 from eightfold.cost import rates as _rates
 from eightfold.files import file_bytes
 from eightfold.folder import ModelFolder
@@ -25,8 +25,9 @@ from eightfold.quantize import Settings, recipe
 from eightfold.rate_losses import ROWS
 from eightfold.rates import Target, blind, load_recipe, nominal_bits, with_rates
 from eightfold.rotation import IN_FLOOR, layout_blocks
+from eightfold.sizes import Tokens, likely_groups, work_of
 from eightfold.team import Team
-from eightfold.tensor_parallel import check_heads, cut_side, largest_tp, linear_blocks
+from eightfold.tensor_parallel import check_heads, largest_tp, linear_blocks
 
 EVAL_SEQLEN = 1024
 DEFAULT_LAYOUT = "pow2-sum-256"
@@ -321,32 +322,8 @@ def _provenance(request: Request, origin: dict[str, Any], dtype: torch.dtype) ->
 
 
 def _groups(decoder: Decoder, chosen: dict[str, LinearInfo]) -> dict[tuple[Any, ...], list[tuple[str, LinearInfo]]]:
-    """Which linears will probably share an input, for the estimates alone: same parent, inputs and cut side."""
-    groups: dict[tuple[Any, ...], list[tuple[str, LinearInfo]]] = {}
-    for name, info in chosen.items():
-        key = (info.layer_index, name.rpartition(".")[0], info.in_features, cut_side(decoder.folder.config, name))
-        groups.setdefault(key, []).append((name, info))
-    return groups
-
-
-def _work(decoder: Decoder, chosen: dict[str, LinearInfo], windows: Tensor, request: Request, bits: float) -> Work:
-    """The sizes of this run."""
-    config = decoder.folder.config.get_text_config()
-    layers: dict[int | None, list[Group]] = {}
-    for (layer, *_), members in _groups(decoder, chosen).items():
-        outputs = tuple(info.out_features for _, info in members)
-        adds = layer is not None and len(outputs) == 1 and outputs[0] == config.hidden_size
-        layers.setdefault(layer, []).append(Group(members[0][1].in_features, outputs, adds))
-    head = layers.pop(None, [None])[0]
-    largest = max(layers.values(), key=lambda groups: sum(group.weights for group in groups), default=[])
-    inside = sum(group.weights for groups in layers.values() for group in groups)
-    parameters = sum(math.prod(info.shape) for info in decoder.folder.tensors.values())
-    return Work(
-        tuple(largest), head, len(decoder.layer_names), config.hidden_size, config.num_attention_heads,
-        config.vocab_size, parameters, parameters - inside, len(windows), windows.shape[1],
-        min(request.sensitivity_samples, len(windows)), decoder.dtype.itemsize, bits,
-        request.eval_windows * min(EVAL_SEQLEN, windows.shape[1]), request.settings,
-    )  # fmt: skip
+    """Which linears will probably share an input, for the estimates alone."""
+    return likely_groups(decoder.folder.config, chosen)
 
 
 def _cost(decoder: Decoder, chosen: dict[str, LinearInfo], windows: Tensor, request: Request, bits: float) -> Cost:
@@ -355,7 +332,9 @@ def _cost(decoder: Decoder, chosen: dict[str, LinearInfo], windows: Tensor, requ
     flops, vectors = _rates(decoder.device, book)
     gpus, memory = max(request.gpus, Team().size), usable_memory(decoder.device, request)
     machine = Machine(gpus, memory, fast_rate(decoder.device, decoder.dtype, flops), flops, vectors)
-    work = _work(decoder, chosen, windows, request, bits)
+    parameters = sum(math.prod(info.shape) for info in decoder.folder.tensors.values())
+    tokens = Tokens(len(windows), windows.shape[1], request.sensitivity_samples, request.eval_windows)
+    work = work_of(decoder.folder.config, chosen, parameters, tokens, decoder.dtype.itemsize, bits, request.settings)
     cost = estimate(work, machine)
     if (target := _target(request)) is None or target.uniform:
         return cost
