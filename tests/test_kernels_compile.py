@@ -11,8 +11,9 @@ from itertools import product
 import pytest
 
 from eightfold.cuda import compiler
-from eightfold.cuda.compiler import ARCHITECTURES, KERNELS, KernelError, compile_source, read_source
-from eightfold.cuda.plan import FEW_ROWS, GEMM_TOKENS, Stages, gemm_variant, variants
+from eightfold.cuda.compiler import ARCHITECTURES, KERNELS, KernelError, compile_with_remarks, read_source
+from eightfold.cuda.gemm_plan import FEW_ROWS, GEMM_TOKENS, WGMMA_TOKENS, gemm_variant, wgmma_variant
+from eightfold.cuda.plan import Stages, variants
 
 # Bytes of shared memory that a CTA can have on the devices of an architecture.
 SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}
@@ -43,6 +44,8 @@ def builds(arch: int) -> Iterator[tuple[str, dict[str, int]]]:
         for tokens, rows in product(GEMM_TOKENS, (FEW_ROWS, FEW_ROWS + 1)):
             if rows > FEW_ROWS or tokens < GEMM_TOKENS[-1]:  # where the rows make a difference
                 yield "gemm.cu", gemm_variant(stages, tokens, SHARED[arch], rows).defines
+        for tokens in WGMMA_TOKENS if arch == 90 else ():
+            yield "wgmma.cu", wgmma_variant(stages, tokens, SHARED[arch]).defines
     yield from (("matvec.cu", chosen.defines) for chosen in variants(SHARED[arch]))
 
 
@@ -55,14 +58,19 @@ def test_nothing_is_left_out():
     files = {path.name for path in KERNELS.iterdir() if path.name.endswith(".cu")}
     assert set(SHARED) == set(ARCHITECTURES)
     for arch in ARCHITECTURES:
-        assert {file for file, _ in builds(arch)} == files
+        assert {file for file, _ in builds(arch)} == files - (set() if arch == 90 else {"wgmma.cu"})
     assert all(map(entry_points, files))
 
 
 def build(arch: int, file: str, defines: dict[str, int]) -> None:
-    image = compile_source(read_source(file), file, arch, defines)
+    image, remarks = compile_with_remarks(read_source(file), file, arch, defines, "--ptxas-options=-v")
     assert image.startswith(b"\x7fELF")
     assert all(name.encode() + b"\0" in image for name in entry_points(file))
+    if arch == 90:  # the only one that was measured: a stack frame costs microseconds a launch, serialized mma far more
+        assert "Potential Performance Loss" not in remarks, f"{file} {defines}: {remarks}"
+        frames = re.findall(r"(\d+) bytes stack frame", remarks)
+        assert frames
+        assert set(frames) == {"0"}, f"{file} {defines}: {remarks}"
 
 
 @every_arch

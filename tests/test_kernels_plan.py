@@ -23,11 +23,11 @@ from eightfold.cuda import linear as host
 from eightfold.cuda import plan as planning
 from eightfold.cuda import rotate as rotations
 from eightfold.cuda.compiler import KERNELS
-from eightfold.cuda.linear import MOST_FINISHED, MOST_GEMM, MOST_MATVEC
+from eightfold.cuda.gemm import MOST_GEMM
+from eightfold.cuda.gemm_plan import FEW_ROWS, GEMM_TOKENS, WGMMA_TOKENS, gemm_variant, share_steps, wgmma_variant
+from eightfold.cuda.linear import MOST_FINISHED, MOST_MATVEC
 from eightfold.cuda.plan import (
     ALONE_TOKENS,
-    FEW_ROWS,
-    GEMM_TOKENS,
     MATVEC_TOKENS,
     MAX_RUNS,
     MAX_SLICE,
@@ -40,12 +40,10 @@ from eightfold.cuda.plan import (
     UnsupportedLayoutError,
     block_count,
     check,
-    gemm_variant,
     make_plan,
     pack_borders,
     pack_runs,
     runs,
-    share_steps,
     variant,
     variants,
 )
@@ -94,7 +92,9 @@ STRUCTS = {
     "rotate_wide_input": ("rotate.cu", "RotateParams"),
     "rotate_wide_output": ("rotate.cu", "RotateParams"),
     "matvec": ("matvec.cu", "Params"),
+    "rotate_input_tiled": ("rotate.cu", "RotateParams"),
     "gemm": ("gemm.cu", "Params"),
+    "wgmma": ("wgmma.cu", "Params"),
     "dequantize": ("dequantize.cu", "Params"),
     "dequantize_shell": ("shell.cu", "Params"),
 }
@@ -115,13 +115,17 @@ class FakeGpu:
     """Stands for device 0: keeps what is loaded and launched. Tensors are the CPU's."""
 
     def __init__(self) -> None:
-        self.arch, self.processors, self.shared = 90, 132, 232448
+        self.processors, self.shared, self.old = 132, 232448, False
         self.stream, self.capturing = 7, False
         self.loads: list[tuple] = []
         self.launches: list[Launch] = []
         self.pieces: list[tuple[int, int]] = []  # of workspace: address, bytes
         self.waits: list[int] = []  # for streams
         self._kernels: dict[tuple, SimpleNamespace] = {}
+
+    @property
+    def arch(self) -> int:
+        return 75 if self.old else {232448: 90, 166912: 80, 101376: 89}[self.shared]
 
     def load(self, file, name, device, shared=0, **defines):
         key = (file, name, device, shared, *sorted(defines.items()))
@@ -159,7 +163,8 @@ def gpu(monkeypatch):
         fake.pieces = list(zip(found[1], sizes, strict=True))
         return found
 
-    monkeypatch.setattr(host, "arch", lambda device: fake.arch)
+    for module in (host, gemm):
+        monkeypatch.setattr(module, "arch", lambda device: fake.arch)
     for module in (host, rotations, dense, gemm):
         monkeypatch.setattr(module, "load", fake.load)
         monkeypatch.setattr(module, "sm_count", lambda device: fake.processors)
@@ -602,28 +607,46 @@ def test_gemm_variants(shared):
         gemm_variant(Stages(1, 0), 17, 20000)
 
 
+def test_wgmma_variants():
+    shared = 232448
+    macros = re.search(r"// Compiled with (.*?)\.\n", (KERNELS / "wgmma.cu").read_text(), re.DOTALL)[1]
+    for e8p, e81b in [(n, m) for n in range(1, 5) for m in (0, 1) if n + m <= 4]:
+        for tokens in (65, 128, 129, 9999):
+            chosen = wgmma_variant(Stages(e8p, e81b), tokens, shared)
+            assert chosen.tokens == next((t for t in WGMMA_TOKENS if tokens <= t), WGMMA_TOKENS[-1])
+            assert chosen.shared_bytes <= shared
+            assert chosen.depth >= 3
+            assert (chosen.slot_bytes - 16) % 1024 == 0  # the swizzle goes by addresses
+            assert all(macro in macros for macro in chosen.defines)
+            registers = (65536 // 128 - 32) // chosen.groups  # of a thread, as in the kernel
+            assert chosen.tiles * chosen.tokens // 2 <= registers - 60
+            assert chosen.rows == 64 * chosen.tiles * chosen.groups
+
+
+@pytest.mark.parametrize("choose", [gemm_variant, wgmma_variant])
 @pytest.mark.parametrize("seed", range(3))
-def test_steps_of_a_gemm_are_shared_out(seed):
+def test_steps_of_a_product_are_shared_out(seed, choose):
     rng = random.Random(seed)
     for _ in range(60):
         rows, columns = 16 * rng.randint(1, 4096), 64 * rng.randint(1, 1024)
-        tokens, processors = rng.choice([32, 64, 128, 256]), rng.choice([20, 108, 132])
-        chosen = gemm_variant(Stages(rng.randint(1, 3), rng.randint(0, 1)), tokens, rng.choice(list(DEVICES)))
+        tokens, processors = rng.choice([32, 64, 128, 256, 8192]), rng.choice([20, 108, 132])
+        shared = 232448 if choose is wgmma_variant else rng.choice(list(DEVICES))
+        chosen = choose(Stages(rng.randint(1, 3), rng.randint(0, 1)), tokens, shared)
         token_tiles = -(-tokens // chosen.tokens)
-        ctas, slices = share_steps.__wrapped__(chosen, rows, columns, token_tiles, processors)
+        owners, slices = share_steps.__wrapped__(chosen, rows, columns, token_tiles, processors)
         steps, tiles = columns // 64, -(-rows // chosen.rows)
-        assert 1 <= ctas * token_tiles <= max(chosen.ctas * processors, token_tiles)
-        assert steps * tiles * ctas < 1 << 32  # as gemm.cu computes
-        starts = [steps * tiles * cta // ctas for cta in range(ctas + 1)]
+        assert 1 <= owners * token_tiles <= max(chosen.ctas * processors, token_tiles)
+        assert steps * tiles * owners < 1 << 32  # as the kernels compute
+        starts = [steps * tiles * owner // owners for owner in range(owners + 1)]
         assert all(a < b for a, b in pairwise(starts))
         shares = [0] * tiles
-        for cta, (start, end) in enumerate(pairwise(starts)):
+        for owner, (start, end) in enumerate(pairwise(starts)):
             for tile_ in range(start // steps, (end - 1) // steps + 1):
-                first_owner = ((tile_ * steps + 1) * ctas - 1) // (steps * tiles)
-                assert cta - first_owner == shares[tile_]  # the number of its slice
+                first_owner = ((tile_ * steps + 1) * owners - 1) // (steps * tiles)
+                assert owner - first_owner == shares[tile_]  # the number of its slice
                 shares[tile_] += 1
         assert max(shares) == slices
-        assert slices <= -(-processors * chosen.ctas // (token_tiles * tiles)) + 1
+        assert slices <= -(-chosen.ctas * processors // (token_tiles * tiles)) + 1
 
 
 def test_gemm_uses_the_device_for_large_layers():
@@ -683,7 +706,7 @@ def test_supported(gpu, caplog):
     assert host.supported(device)
     assert not host.supported(torch.device("cpu"))
     host._supported.cache_clear()
-    gpu.arch = 75
+    gpu.old = True
     with caplog.at_level(logging.WARNING, "eightfold"):
         assert not any(host.supported(device) for _ in range(3))
     assert [record.getMessage() for record in caplog.records] == [
@@ -859,32 +882,76 @@ def test_wide_output_blocks_take_a_launch_of_their_own(gpu, tokens, out_blocks, 
     assert gpu.launches[-1].grid[0] == tokens
 
 
+def check_product(gpu, packed, weight, x, y, chosen, tokens, n=208, k=960) -> ctypes.Structure:
+    """One product between two rotations, in one go; returns its parameters."""
+    first, launch, last = gpu.launches
+    tiled = weight.tiled
+    assert launch.name == chosen.source
+    assert (launch.defines, launch.shared) == (chosen.defines, chosen.shared_bytes)
+    tiles = -(-tokens // chosen.tokens)
+    owners, slices = share_steps(chosen, n, k, tiles, gpu.processors)
+    assert launch.grid == (owners, tiles, 1)
+    assert (launch.block, launch.stream, launch.overlap) == (chosen.threads, 7, tiled)
+    p = launch.p
+    assert list(p.codes) == [address(c) for c in weight.codes]
+    assert (p.x, p.ratios) == (first.p.y, address(weight.ratios))
+    assert (p.row_stride, p.column_stride, p.tile_stride) == weight.strides
+    assert (p.tokens, p.columns, p.rows, p.slices) == (tokens, k, n, slices)
+    assert (first.p.x, first.p.x_stride, first.p.x_dtype, first.p.y_dtype) == (address(x), k, 1, 0)
+    assert (first.p.begin, first.p.end, first.p.bias) == (0, k, 0)
+    check_rotate(first, gpu, packed.scale_in, weight.in_blocks, tokens, tiled)
+    assert (last.p.x_stride, last.p.begin, last.p.end) == (n, 0, n)
+    assert (last.p.y, last.p.y_dtype, last.p.divisors) == (address(y), 1, first.p.divisors)
+    bias = packed.bias
+    assert (last.p.bias, last.p.bias_dtype) == (0 if bias is None else address(bias), 0 if bias is None else 1)
+    check_rotate(last, gpu, packed.scale_out, weight.out_blocks, tokens, tiled, slices)
+    assert last.p.x_dtype == (0 if slices == 1 and chosen.source == "wgmma" else 2)
+    return p
+
+
 @pytest.mark.parametrize("tokens", [17, 32, 33, 64, 65, 128, 129, MOST_GEMM])
 @pytest.mark.parametrize(("tiled", "bias", "bits"), [(False, None, 3), (True, "bfloat16", 4)])
 def test_tokens_that_a_tile_holds_decode_once(gpu, tokens, tiled, bias, bits):
+    gpu.processors, gpu.shared = 108, 166912
     packed = packed_for(bits=bits, bias=bias)
     weight, x = weight_of(packed, tiled), activations(tokens, dtype=torch.bfloat16)
     y = host.linear(x, weight, packed.bias)
     assert gpu.names() == ["rotate_input", "gemm", "rotate_output"]
-    first, launch, last = gpu.launches
     chosen = gemm_variant(weight.stages, tokens, gpu.shared, 208)
-    assert (launch.defines, launch.shared) == (chosen.defines, chosen.shared_bytes)
-    tiles = -(-tokens // chosen.tokens)
-    ctas, slices = share_steps(chosen, 208, 960, tiles, gpu.processors)
-    assert launch.grid == (ctas, tiles, 1)
-    assert (launch.block, launch.stream, launch.overlap) == (32 * chosen.warps, 7, tiled)
-    p = launch.p
-    assert list(p.codes) == [address(c) for c in weight.codes]
-    assert (p.x, p.ratios, p.partial) == (first.p.y, address(weight.ratios), last.p.x)
-    assert (p.row_stride, p.column_stride, p.tile_stride) == weight.strides
-    assert (p.tokens, p.columns, p.rows, p.slices) == (tokens, 960, 208, slices)
-    assert (first.p.x, first.p.x_stride, first.p.x_dtype, first.p.y_dtype) == (address(x), 960, 1, 0)
-    assert (first.p.begin, first.p.end, first.p.bias) == (0, 960, 0)
-    check_rotate(first, gpu, packed.scale_in, weight.in_blocks, tokens, tiled)
-    assert (last.p.x_stride, last.p.x_dtype, last.p.begin, last.p.end) == (208, 2, 0, 208)
-    assert (last.p.y, last.p.y_dtype, last.p.divisors) == (address(y), 1, first.p.divisors)
-    assert (last.p.bias, last.p.bias_dtype) == (0 if bias is None else address(packed.bias), BIASES[bias])
-    check_rotate(last, gpu, packed.scale_out, weight.out_blocks, tokens, tiled, slices)
+    p = check_product(gpu, packed, weight, x, y, chosen, tokens)
+    assert (p.partial, gpu.launches[0].p.tile) == (gpu.launches[2].p.x, 0)
+
+
+@pytest.mark.parametrize("tokens", [65, 128, 129, 256, 257, 3000])
+@pytest.mark.parametrize(("tiled", "bias", "bits"), [(False, None, 3), (True, "bfloat16", 4)])
+def test_warpgroups_multiply_any_number_of_tokens(gpu, tokens, tiled, bias, bits):
+    packed = packed_for(bits=bits, bias=bias)
+    weight, x = weight_of(packed, tiled), activations(tokens, dtype=torch.bfloat16)
+    y = host.linear(x, weight, packed.bias)
+    assert gpu.names() == ["rotate_input_tiled", "wgmma", "rotate_output"]
+    chosen = wgmma_variant(weight.stages, tokens, gpu.shared)
+    p = check_product(gpu, packed, weight, x, y, chosen, tokens)
+    assert (p.sums, p.sums_dtype) == (gpu.launches[2].p.x, gpu.launches[2].p.x_dtype)
+    assert gpu.launches[0].p.tile == chosen.tokens
+
+
+def test_wide_blocks_are_tiled_for_warpgroups(gpu):
+    packed = packed_for(200, 960, in_blocks=(512, 256, 128, 64))
+    weight = weight_of(packed, True)
+    host.linear(activations(90), weight, None)
+    assert gpu.names() == ["rotate_wide_input", "wgmma", "rotate_output"]
+    assert gpu.launches[0].p.tile == gpu.launches[1].defines["TOKENS"]
+
+
+def test_workspace_of_a_product_is_bounded(gpu, monkeypatch):
+    monkeypatch.setattr(gemm, "_CHUNK_BYTES", 2 * (960 + 208) * 600)
+    packed = packed_for(bits=4)
+    weight, x = weight_of(packed, True), activations(700)
+    y = host.linear(x, weight, None)
+    products = [launch.p for launch in gpu.launches if launch.name == "wgmma"]
+    assert [p.tokens for p in products] == [512, 188]
+    lasts = [launch.p for launch in gpu.launches if launch.name == "rotate_output"]
+    assert [p.y for p in lasts] == [address(y), address(y[512:])]
 
 
 @pytest.mark.parametrize(
@@ -919,8 +986,7 @@ def test_more_tokens_of_what_cannot_be_tiled_are_more_launches(gpu, tokens, grou
 ])  # fmt: skip
 def test_many_tokens_are_a_dense_product(gpu, monkeypatch, tiled, bias, in_blocks, out_blocks, spans):
     tokens, k, wide = MOST_GEMM + 1, sum(in_blocks) - 1, out_blocks is not None
-    if wide:
-        gpu.processors, gpu.shared = 8, 101376
+    gpu.processors, gpu.shared = (8, 101376) if wide else (108, 166912)
     monkeypatch.setattr(dense, "piece_rows", lambda *sizes: 256)
     packed = packed_for(600 if wide else 608, k, 5, in_blocks, out_blocks, bias=bias)
     weight, x = weight_of(packed, tiled), activations(tokens, k, torch.bfloat16)
@@ -987,8 +1053,9 @@ def check_rotate(launch, gpu, scale, blocks, tokens, overlap, slices=1) -> None:
     elif launch.name == "rotate_output":
         assert (launch.block, down) == (256, -(-count // 8))
     else:
-        assert (launch.block <= 32 * 28, down) == (True, 1)
-        assert launch.block // 32 * 4 >= count
+        items, warps = (6, 20) if launch.name == "rotate_input_tiled" else (4, 28)
+        assert (launch.block <= 32 * warps, down) == (True, 1)
+        assert launch.block // 32 * items >= count
 
 
 def test_rotations_take_every_row(gpu):
@@ -996,6 +1063,7 @@ def test_rotations_take_every_row(gpu):
     text = source("rotate.cu")
     assert f"ITEMS = {rotations._ITEMS};" in text
     assert f"ROW_THREADS = {32 * rotations._MOST_WARPS};" in text
+    assert f"TILED_THREADS = {32 * rotations._TILED_WARPS}, TILED_ITEMS = {rotations._TILED_ITEMS};" in text
     for columns, streams in ((64, True), (4160, True), (28672, True), (28736, False), (65536, False)):
         weight = weight_of(packed_for(16, columns))
         for tokens in (17, 64, 3000):

@@ -87,16 +87,24 @@ def compile_source(source: str, name: str, arch: int, defines: Mapping[str, int 
 
     Raises KernelError with NVRTC's log, or if NVRTC is not there.
     """
+    return compile_with_remarks(source, name, arch, defines)[0]
+
+
+def compile_with_remarks(
+    source: str, name: str, arch: int, defines: Mapping[str, int | str], *more: str
+) -> tuple[bytes, str]:
+    """A cubin, and what the compiler has to say of it: of mma that it serializes, say, or with `--ptxas-options=-v`
+    among `more` options of registers and spills. Raises KernelError as `compile_source` does."""
     nvrtc = _nvrtc()
+    options = [*_options(arch, defines), *more]
     program = _checked(nvrtc, "nvrtcCreateProgram", source.encode(), name.encode(), 0, [], [])
     try:
-        options = [option.encode() for option in _options(arch, defines)]
-        (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+        (result,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+        log = _filled(nvrtc, "nvrtcGetProgramLog", program, _checked(nvrtc, "nvrtcGetProgramLogSize", program))
+        text = log.rstrip(b"\0").decode(errors="replace")
         if result:
-            log = _filled(nvrtc, "nvrtcGetProgramLog", program, _checked(nvrtc, "nvrtcGetProgramLogSize", program))
-            text = log.rstrip(b"\0").decode(errors="replace")
             raise KernelError(f"NVRTC cannot compile {name} for sm_{arch} ({_reason(nvrtc, result)}); its log:\n{text}")
-        return _filled(nvrtc, "nvrtcGetCUBIN", program, _checked(nvrtc, "nvrtcGetCUBINSize", program))
+        return _filled(nvrtc, "nvrtcGetCUBIN", program, _checked(nvrtc, "nvrtcGetCUBINSize", program)), text
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 
@@ -143,7 +151,9 @@ def nvrtc_version() -> tuple[int, int, str]:
 
 
 def _options(arch: int, defines: Mapping[str, int | str]) -> list[str]:
-    fixed = ["--std=c++17", f"--gpu-architecture=sm_{arch}", "-default-device", "-lineinfo"]
+    # 9.0 runs no other cubins than its own anyway; with the letter they may hold what only it has, warpgroup mma.
+    target = "sm_90a" if arch == 90 else f"sm_{arch}"
+    fixed = ["--std=c++17", f"--gpu-architecture={target}", "-default-device", "-lineinfo"]
     return fixed + [f"-D{name}={value}" for name, value in sorted(defines.items())]
 
 

@@ -1,4 +1,7 @@
-"""Launching gemm: rotated activations of 17 to some hundred tokens times the codes of a weight."""
+"""The linear for 17 and more tokens from the codes: rotate the input, multiply, rotate back.
+
+The product is wgmma.cu where there is warpgroup mma (compute capability 9.0) and tokens are many, else gemm.cu.
+"""
 
 from __future__ import annotations
 
@@ -7,36 +10,88 @@ import struct
 import torch
 from torch import Tensor
 
-from eightfold.cuda.driver import Kernel, load, max_shared, sm_count
+from eightfold.cuda.driver import Kernel, arch, load, max_shared, sm_count
 from eightfold.cuda.driver import device_index as _index
-from eightfold.cuda.plan import GEMM_TOKENS, Gemm, gemm_variant, share_steps
+from eightfold.cuda.gemm_plan import (
+    GEMM_TOKENS,
+    WGMMA_TOKENS,
+    Product,
+    Wgmma,
+    gemm_variant,
+    share_steps,
+    wgmma_variant,
+)
+from eightfold.cuda.rotate import DTYPES, Rows, Side, kernel, rotate_input, rotate_output
 from eightfold.cuda.weight import Weight
 
+MOST_GEMM = 256  # tokens up to which gemm beats decoding the weight for cuBLAS; wgmma does for any number
+LEAST_WGMMA = 64  # tokens up to which gemm is as fast as wgmma
+_CHUNK_BYTES = 512 << 20  # of float16 activations on both sides of a product
 
-def multiply(x: Tensor, weight: Weight, stream: int) -> Tensor:
-    """x float16 [tokens, padded K], a rotated input, times an aligned weight: sums over parts of K,
-    float32 [slices, tokens, padded N], to be added in their order. Raises KernelError."""
+
+def takes(weight: Weight, tokens: int, device: int) -> bool:
+    """Whether `product` is the fastest way for more tokens than matvec takes."""
+    return weight.aligned and not weight.stages.shells and (tokens <= MOST_GEMM or arch(device) == 90)
+
+
+def product(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
+    """y [tokens, N] of x float16 or bfloat16 [tokens, K] and an aligned weight. Workspace: float16 [tokens, K],
+    float32 [slices, tokens, N] or, where nothing is to be added up, float16 [tokens, N], for as many tokens at a time
+    as two float16 of these take _CHUNK_BYTES. Raises KernelError."""
+    tile = WGMMA_TOKENS[-1]
+    chunk = max(1, _CHUNK_BYTES // (2 * (weight.padded_in + weight.padded_out) * tile)) * tile
+    for at in range(0, len(x), chunk):
+        _product(x[at : at + chunk], weight, bias, y[at : at + chunk])
+
+
+def _product(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
     device, tokens = _index(x.device), len(x)
-    chosen = gemm_variant(weight.stages, tokens, max_shared(device), weight.padded_out)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    chosen = choose(weight, tokens, device)
     tiles = -(-tokens // chosen.tokens)
+    tile = chosen.tokens if isinstance(chosen, Wgmma) else 0
+    rotated = x.new_empty(tiles * tile or tokens, weight.padded_in, dtype=torch.float16)
+    divisors = x.new_empty(tokens, dtype=torch.float32)
+    side = Side(weight.scale_in, None, weight.in_blocks, weight.tiled, tile)
+    rotate_input(x, side, rotated, divisors, stream)
+    sums = _multiply(rotated, tokens, weight, chosen, stream)
+    source = Rows(sums.data_ptr(), weight.padded_out, DTYPES[sums.dtype], tokens, len(sums))
+    side = Side(weight.scale_out, bias, weight.out_blocks, weight.tiled)
+    rotate_output(source, side, y, divisors.data_ptr(), (0, weight.padded_out), stream)
+
+
+def _multiply(x: Tensor, tokens: int, weight: Weight, chosen: Product, stream: int) -> Tensor:
+    """x, a rotated input, times the weight: [slices, tokens, padded N], sums over parts of K to be added in order."""
+    device, tiles = _index(x.device), -(-tokens // chosen.tokens)
     ctas, slices = share_steps(chosen, weight.padded_out, weight.padded_in, tiles, sm_count(device))
-    sums = x.new_empty(slices, tokens, weight.padded_out, dtype=torch.float32)
+    dtype = torch.float16 if isinstance(chosen, Wgmma) and slices == 1 else torch.float32
+    sums = x.new_empty(slices, tokens, weight.padded_out, dtype=dtype)
     params = struct.pack(
-        f"<{weight.stages.count + 3}Q3I4i4x",
+        f"<{weight.stages.count + 3}Q3I5i",
         *(c.data_ptr() for c in weight.codes), x.data_ptr(), weight.ratios.data_ptr(), sums.data_ptr(),
-        *weight.strides, tokens, weight.padded_in, weight.padded_out, slices,
+        *weight.strides, tokens, weight.padded_in, weight.padded_out, slices, DTYPES[dtype],
     )  # fmt: skip
     # It reads weights before the kernel ahead of it is done, so that must not be one that writes them: `prepare` waits.
-    _kernel(chosen, device).launch((ctas, tiles, 1), 32 * chosen.warps, params, stream, weight.tiled)
+    _kernel(chosen, device).launch((ctas, tiles, 1), chosen.threads, params, stream, weight.tiled)
     return sums
 
 
-def prepare_gemm(weight: Weight, tokens: int) -> None:
-    """Compile and load what `multiply` needs for up to so many tokens. Raises KernelError."""
+def choose(weight: Weight, tokens: int, device: int) -> Product:
+    """The product for so many tokens."""
+    if arch(device) == 90 and tokens > LEAST_WGMMA:
+        return wgmma_variant(weight.stages, tokens, max_shared(device))
+    return gemm_variant(weight.stages, tokens, max_shared(device), weight.padded_out)
+
+
+def prepare_product(weight: Weight) -> None:
+    """Compile and load what `product` needs, apart from the rotations that `prepare_rotations` loads. Raises
+    KernelError."""
     device = _index(weight.ratios.device)
-    for tile in GEMM_TOKENS:
-        _kernel(gemm_variant(weight.stages, min(tile, tokens), max_shared(device), weight.padded_out), device)
+    for tile in sorted({*GEMM_TOKENS, *WGMMA_TOKENS}):
+        _kernel(choose(weight, tile, device), device)
+    if arch(device) == 90:
+        kernel("rotate_input_tiled", 0, device)
 
 
-def _kernel(chosen: Gemm, device: int) -> Kernel:
-    return load("gemm.cu", "gemm", device, chosen.shared_bytes, **chosen.defines)
+def _kernel(chosen: Product, device: int) -> Kernel:
+    return load(f"{chosen.source}.cu", chosen.source, device, chosen.shared_bytes, **chosen.defines)

@@ -22,7 +22,8 @@ from torch import Tensor
 from eightfold.cuda.dense import dense, dequantize
 from eightfold.cuda.driver import Kernel, arch, load, max_shared, sm_count
 from eightfold.cuda.driver import device_index as _index
-from eightfold.cuda.gemm import multiply, prepare_gemm
+from eightfold.cuda.gemm import prepare_product, product
+from eightfold.cuda.gemm import takes as product_takes
 from eightfold.cuda.plan import (
     ALONE_TOKENS,
     MATVEC_TOKENS,
@@ -49,7 +50,6 @@ from eightfold.cuda.rotate import (
     kernel,
     longest,
     prepare_rotations,
-    rotate_input,
     rotate_output,
     shared_buffer,
     whole,
@@ -59,7 +59,6 @@ from eightfold.cuda.weight import Weight
 _LOG = logging.getLogger("eightfold")
 CLASSES = 1, 8, MATVEC_TOKENS  # most tokens of a launch of matvec: within a class nothing depends on their number
 MOST_FINISHED = 1  # tokens up to which matvec finishes the output by itself; rotate_output is faster for more
-MOST_GEMM = 256  # tokens up to which gemm beats decoding the weight for cuBLAS
 MOST_MATVEC = 48  # the same of several launches of matvec
 
 
@@ -107,7 +106,7 @@ def prepare(weight: Weight) -> None:
     prepare_rotations(weight.in_blocks, weight.out_blocks, device)
     dequantize(weight.stages, device)
     if weight.aligned and not weight.stages.shells:
-        prepare_gemm(weight, MOST_GEMM)
+        prepare_product(weight)
     _counters_of(device)
     torch.cuda.current_stream(device).synchronize()
 
@@ -121,8 +120,8 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     with torch.cuda.device(x.device):
         if weight.stages.shells and tokens:
             dense(x, weight, bias, y)
-        elif MATVEC_TOKENS < tokens <= MOST_GEMM and weight.aligned:
-            _gemm(x, weight, bias, y)
+        elif tokens > MATVEC_TOKENS and product_takes(weight, tokens, _index(x.device)):
+            product(x, weight, bias, y)
         elif tokens > MOST_MATVEC:
             dense(x, weight, bias, y)
         else:
@@ -185,18 +184,6 @@ def _quantize(x: Tensor, weight: Weight, plan: Plan, to: list[int], stream: int)
     )  # fmt: skip
     params += pack_borders(plan.chunks) + pack_borders(plan.slices) + pack_runs(weight.in_blocks)
     kernel("quantize_input", shared, device).launch((chunks, len(x), 1), THREADS, whole(params), stream, True)
-
-
-def _gemm(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
-    """Rotate, multiply by the codes, rotate back. Workspace: float16 [tokens, K], float32 [slices, tokens, N]."""
-    tokens, stream = len(x), torch.cuda.current_stream(_index(x.device)).cuda_stream
-    rotated = x.new_empty(tokens, weight.padded_in, dtype=torch.float16)
-    divisors = x.new_empty(tokens, dtype=torch.float32)
-    rotate_input(x, Side(weight.scale_in, None, weight.in_blocks, weight.tiled), rotated, divisors, stream)
-    sums = multiply(rotated, weight, stream)
-    source = Rows(sums.data_ptr(), weight.padded_out, DTYPES[sums.dtype], tokens, len(sums))
-    side = Side(weight.scale_out, bias, weight.out_blocks, weight.tiled)
-    rotate_output(source, side, y, divisors.data_ptr(), (0, weight.padded_out), stream)
 
 
 def _workspace(device: torch.device, *sizes: int) -> tuple[Tensor, list[int]]:

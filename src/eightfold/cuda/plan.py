@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise, product
 
@@ -19,9 +19,6 @@ MAX_FEATURES = 65536  # of either side
 MOST_UNITS = 5  # of the longest of MAX_SLICES slices of MAX_FEATURES columns: 4, and cuts are up to a unit apart
 MATVEC_TOKENS = 16  # most tokens of one launch of matvec
 ALONE_TOKENS = 8  # most tokens that matvec rotates by itself; from two on, four UNITs a warp
-GEMM_TOKENS = (32, 64, 128)  # of a tile of gemm
-GEMM_COLUMNS = 64  # of one of its steps
-FEW_ROWS = 6144  # up to which its CTAs have fewer
 RESERVED = 1024  # bytes of shared memory that CUDA keeps of every CTA
 MANY_COPIES = 160 << 10  # bytes of shared memory from which the decode tables have a copy for every lane
 TWO_CTAS = 224 << 10  # and from which two CTAs with such tables share a multiprocessor
@@ -150,90 +147,6 @@ def variants(shared: int) -> set[Variant]:
     recipes = [Stages(e8p, e81b) for e8p in range(1, 5) for e81b in (0, 1) if e8p + e81b <= 4]
     choices = product(recipes, (1, 2, 4), (False, True))
     return {variant(stages, tiles, shared, aligned) for stages, tiles, aligned in choices}
-
-
-@dataclass(frozen=True, slots=True)
-class Gemm:
-    """One compiled gemm: `tokens` of a tile, `tiles` of 16 rows that each of a CTA's `warps` has, `ctas` that share a
-    multiprocessor, `depth` slots for the steps that are on their way, `copies` of the decode tables."""
-
-    stages: Stages
-    tokens: int
-    tiles: int
-    warps: int
-    ctas: int
-    depth: int
-    copies: int
-
-    @property
-    def defines(self) -> dict[str, int]:
-        return {
-            **self.stages.defines,
-            "TOKENS": self.tokens,
-            "M_TILES": self.tiles,
-            "WARPS": self.warps,
-            "CTAS": self.ctas,
-            "DEPTH": self.depth,
-            "COPIES": self.copies,
-        }
-
-    @property
-    def rows(self) -> int:
-        """Of a CTA."""
-        return TILE * self.tiles * self.warps
-
-    @property
-    def slot_bytes(self) -> int:
-        """Of one step: activations, codes, and two barriers."""
-        codes = 256 * self.stages.e8p + 128 * self.stages.e81b
-        return 2 * GEMM_COLUMNS * self.tokens + self.tiles * self.warps * codes + 16
-
-    @property
-    def shared_bytes(self) -> int:
-        return table_bytes(self.stages, self.copies) + self.depth * self.slot_bytes
-
-
-@cache
-def gemm_variant(stages: Stages, tokens: int, shared: int, rows: int = MAX_FEATURES) -> Gemm:
-    """The gemm for so many tokens and rows where a CTA can have `shared` bytes: as many warps as find their registers
-    without spilling, fewer for few rows, whose tiles fewer CTAs then share; tables for every lane if that leaves room
-    for three steps."""
-    tile = next((tile for tile in GEMM_TOKENS if tokens <= tile), GEMM_TOKENS[-1])
-    warps = 8 if tile > 32 or rows <= FEW_ROWS else 12 if stages.count > 3 else 16
-    for copies, least in ((32, 3), (1, 2)):
-        one = Gemm(stages, tile, 2, warps, 1, 1, copies)
-        depth = min(8, (shared - table_bytes(stages, copies)) // one.slot_bytes)
-        if depth >= least:
-            return replace(one, depth=depth)
-    raise UnsupportedLayoutError(f"expected {one.shared_bytes + one.slot_bytes} bytes of shared memory, got {shared}")
-
-
-@cache
-def share_steps(chosen: Gemm, rows: int, columns: int, token_tiles: int, processors: int) -> tuple[int, int]:
-    """Among how many CTAs the steps of every row tile of a padded weight are to be cut for each tile of tokens, and the
-    most CTAs that then share a row tile, which is the number of slices to add up."""
-    tiles, steps = -(-rows // chosen.rows), columns // GEMM_COLUMNS
-    most = min(tiles * steps, max(1, processors * chosen.ctas // token_tiles))
-    # Some end with row tiles: fewer slices. All there can be have the least to do each.
-    numbers = {most, *range(tiles, most + 1, tiles), *(n for n in range(1, min(tiles, most) + 1) if tiles % n == 0)}
-    step = chosen.warps * chosen.tiles * (0.012 + 0.008 * chosen.stages.count + 0.0003 * chosen.tokens)
-    add = 0.05 + 4e-6 / 3 * rows * chosen.tokens * token_tiles
-
-    def cost(ctas: int) -> float:  # about the microseconds; a CTA that goes on to another row tile stores twice
-        turn = 2.5 if ctas % tiles and tiles % ctas else 0.0
-        return -(-tiles * steps // ctas) * step + _slices(tiles, steps, ctas) * add + turn
-
-    best = min(sorted(numbers), key=cost)
-    return best, _slices(tiles, steps, best)
-
-
-def _slices(tiles: int, steps: int, ctas: int) -> int:
-    """The most of `ctas` that share a row tile: step u is that of CTA ((u + 1) ctas - 1) / (tiles steps)."""
-
-    def owner(u: int) -> int:
-        return ((u + 1) * ctas - 1) // (tiles * steps)
-
-    return max(owner((tile + 1) * steps - 1) - owner(tile * steps) for tile in range(tiles)) + 1
 
 
 @dataclass(frozen=True, slots=True)

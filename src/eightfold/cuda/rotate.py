@@ -17,6 +17,7 @@ DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # as common.cu
 THREADS = 512  # of the kernels that use shared memory
 _BUFFER = 6144  # coordinates of a chunk that fit the shared memory every device has
 _ITEMS, _MOST_WARPS = 4, 28  # rotate_input: segments of a warp, warps of a row
+_TILED_ITEMS, _TILED_WARPS = 6, 20  # the same of rotate_input_tiled
 _WARPS_AT_ONCE = 24  # that a multiprocessor has registers for
 
 
@@ -32,30 +33,34 @@ class Rows(NamedTuple):
 
 class Side(NamedTuple):
     """One side of a linear: its scale vector and bias, and rotation blocks. `overlap`: the scales were there before
-    the kernel ahead, so a launch may begin before that ends."""
+    the kernel ahead, so a launch may begin before that ends. `tile`: tokens of a tile of wgmma.cu, in whose order a
+    rotated input is to be; 0 for row after row."""
 
     scale: Tensor
     bias: Tensor | None
     blocks: tuple[int, ...]
     overlap: bool
+    tile: int = 0
 
 
 def rotate_input(x: Tensor, side: Side, rotated: Tensor, divisors: Tensor, stream: int) -> None:
     """Launch what makes float16 `rotated` [tokens, K with padding] of x float16 or bfloat16 [tokens, K], and a
-    power of two that it is divided by for each token."""
-    device, tokens, padded = _index(x.device), *rotated.shape
+    power of two that it is divided by for each token. With tiles `rotated` is [whole tiles, K with padding]."""
+    device, tokens, padded = _index(x.device), len(x), rotated.shape[1]
     rows = Rows(x.data_ptr(), x.stride(0), DTYPES[x.dtype], tokens)
     count = segments(side.blocks, 0, padded)
     if not _streams_input(side.blocks):
         ctas = min(tokens, 4 * sm_count(device))
         _launch_wide("rotate_wide_input", rows, side, rotated, divisors.data_ptr(), (0, padded), (ctas, 1), stream)
         return
+    most_items, most_warps = (_TILED_ITEMS, _TILED_WARPS) if side.tile else (_ITEMS, _MOST_WARPS)
     # As few segments for a warp as 16 warps allow, where tokens leave processors free.
-    items = min(_ITEMS, -(-count // 16)) if tokens <= sm_count(device) else _ITEMS
-    warps = min(_MOST_WARPS, -(-count // items))
+    items = min(most_items, -(-count // 16)) if tokens <= sm_count(device) else most_items
+    warps = min(most_warps, -(-count // items))
     ctas = min(tokens, sm_count(device) * max(1, _WARPS_AT_ONCE // warps))
     params = _params(rows, side, rotated, divisors.data_ptr(), (0, padded))
-    kernel("rotate_input", 0, device).launch((ctas, 1, 1), 32 * warps, params, stream, side.overlap)
+    name = "rotate_input_tiled" if side.tile else "rotate_input"
+    kernel(name, 0, device).launch((ctas, 1, 1), 32 * warps, params, stream, side.overlap)
 
 
 def rotate_output(rows: Rows, side: Side, y: Tensor, divisors: int, span: tuple[int, int], stream: int) -> None:
@@ -96,11 +101,11 @@ def _params(
     rows: Rows, side: Side, y: Tensor, divisors: int, span: tuple[int, int], scratch: Tensor | None = None
 ) -> bytes:
     params = struct.pack(
-        "<6Qq10i",
+        "<6Qq11i",
         rows.address, side.scale.data_ptr(), address(side.bias), y.data_ptr(), divisors, address(scratch),
         rows.stride,
         rows.dtype, DTYPES[y.dtype], DTYPES[side.scale.dtype], 0 if side.bias is None else DTYPES[side.bias.dtype],
-        len(side.scale), rows.count, rows.slices, longest(side.blocks), *span,
+        len(side.scale), rows.count, rows.slices, longest(side.blocks), *span, side.tile,
     )  # fmt: skip
     return whole(params + pack_runs(side.blocks))
 

@@ -26,11 +26,11 @@ __device__ __forceinline__ u32 pair_nibbles(u32 word) {
   return paired;
 }
 
-// `tables`: at address TABLES. By all threads; no barrier. A thread takes a row; lanes start at different copies of theirs,
-// so that no two store to the same bank. PAIRS: pair_nibbles of every word.
+// `tables`: at address TABLES. By the first `threads` threads; no barrier. A thread takes a row; lanes start at different
+// copies of theirs, so that no two store to the same bank. PAIRS: pair_nibbles of every word.
 template <bool PAIRS = false>
-__device__ __forceinline__ void fill_tables(u8* tables) {
-  for (int i = threadIdx.x; i < 512 + 256 * E81B_STAGES; i += blockDim.x) {
+__device__ __forceinline__ void fill_tables(u8* tables, int threads) {
+  for (int i = threadIdx.x; i < 512 + 256 * E81B_STAGES; i += threads) {
     const int kind = i >> 8, row = i & 255;
     u32 word = (kind == 0 ? PATTERNS : kind == 1 ? SIGNS : E81B)[row];
     if (PAIRS) word = pair_nibbles(word);

@@ -13,12 +13,11 @@
 // activations have the same; theirs are then 16 bytes in a row. Lookups run half a step ahead of the mma.
 //
 // Compiled with E8P_STAGES, E81B_STAGES, TOKENS, M_TILES, WARPS, CTAS (on a multiprocessor), DEPTH, COPIES (of the tables).
-#include "decode.cuh"
+#include "barriers.cuh"
+#include "half_weights.cuh"
 
-constexpr int STAGES = E8P_STAGES + E81B_STAGES;
 constexpr int N_TILES = TOKENS / 8;
 constexpr int ROWS = 16 * M_TILES * WARPS;
-constexpr int CODE_BYTES = 256 * E8P_STAGES + 128 * E81B_STAGES; // of 16 rows by 64 columns: stage, row, code
 constexpr int X_BYTES = 128 * TOKENS;                            // of TOKENS by 64 columns
 constexpr int SLOT = X_BYTES + WARPS * M_TILES * CODE_BYTES;
 constexpr int LEAD = (DEPTH + 1) / 2; // less than DEPTH: a slot is filled that was left some steps ago
@@ -33,115 +32,12 @@ struct Params {
   int tokens, columns, rows, slices;          // rows: a multiple of 16; columns: of 64
 };
 
-__device__ __forceinline__ u32 read_word(u32 at) {
-  u32 word;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(at) : "memory");
-  return word;
-}
-
-// The next slot of the ring to be filled, read or left.
-struct Slot {
-  u32 at = 0, round = 0;
-  __device__ __forceinline__ u32 address() const { return TABLES_END + at * SLOT; }
-  __device__ __forceinline__ void advance() {
-    if (++at == DEPTH) {
-      at = 0;
-      round ^= 1;
-    }
-  }
-};
-__device__ __forceinline__ void start_barrier(u32 barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-__device__ __forceinline__ void arrive(u32 barrier) {
-  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(barrier) : "memory");
-}
-// Arrives when all copies that this thread has begun are there.
-__device__ __forceinline__ void arrive_with_copies(u32 barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
-}
-// Until the barrier's phase `round` (0 or 1, the phase before the first counts as 1) is over.
-__device__ __forceinline__ void wait(u32 barrier, u32 round) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("{ .reg .pred over;\nAGAIN: mbarrier.try_wait.parity.shared.b64 over, [%0], %1;\n@!over bra AGAIN; }"
-               ::"r"(barrier), "r"(round) : "memory");
-#else
-  asm volatile("{ .reg .pred over;\nAGAIN: mbarrier.test_wait.parity.shared.b64 over, [%0], %1;\n@!over bra AGAIN; }"
-               ::"r"(barrier), "r"(round) : "memory");
-#endif
-}
+using Slot = RingSlot<TABLES_END, SLOT, DEPTH>;
 
 __device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ u32 fma_pair(u32 a, u32 b, u32 c) {
-  u32 d;
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
-}
-__device__ __forceinline__ u32 pair_of(float f) { return float_to_half(f) * 0x10001u; }
-
-// Eight weights of one code as pairs of float16, (u - OFFSET / 2) / 512, exactly: a nibble in the last bits of a float16,
-// or in the four before, is u / 2^24, or u / 2^20, of subnormal numbers.
-template <int OFFSET>
-__device__ __forceinline__ void to_pairs(u32 (&pairs)[4], u32 nibbles) {
-  constexpr u32 LOW = 0x000f000f, NEXT = 0x00f000f0, TIMES_2_15 = 0x78007800, TIMES_2_11 = 0x68006800;
-  constexpr u32 MINUS = OFFSET == 15 ? 0xa380a380 : 0xa400a400; // -7.5 / 512, -8 / 512
-  pairs[0] = fma_pair(nibbles & LOW, TIMES_2_15, MINUS);
-  pairs[1] = fma_pair(nibbles & NEXT, TIMES_2_11, MINUS);
-  pairs[2] = fma_pair(nibbles >> 8 & LOW, TIMES_2_15, MINUS);
-  pairs[3] = fma_pair(nibbles >> 8 & NEXT, TIMES_2_11, MINUS);
-}
-
-// Of a warp's rows, a lane's: words of two codes, or the nibbles of one of these codes.
-using Words = u32[M_TILES][2][STAGES];
-
-__device__ __forceinline__ void read_codes(Words& words, u32 from, u32 lane) {
-#pragma unroll
-  for (int m = 0; m < M_TILES; ++m)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const u32 tile = from + m * CODE_BYTES;
-#pragma unroll
-      for (int s = 0; s < E8P_STAGES; ++s) words[m][half][s] = read_word(tile + 256 * s + 128 * half + 4 * lane);
-#pragma unroll
-      for (int s = E8P_STAGES; s < STAGES; ++s) {
-        u16 two;
-        asm volatile("ld.shared.u16 %0, [%1];"
-                     : "=h"(two) : "r"(tile + 256 * E8P_STAGES + 64 * half + 2 * lane) : "memory");
-        words[m][half][s] = two;
-      }
-    }
-}
-
-// Of code number CODE (0 or 1) of every word.
-template <int CODE>
-__device__ __forceinline__ void find_nibbles(Words& nibbles, const Words& words, u32 lane4) {
-#pragma unroll
-  for (int m = 0; m < M_TILES; ++m)
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int s = 0; s < STAGES; ++s) {
-        const u32 word = words[m][half][s];
-        nibbles[m][half][s] = s < E8P_STAGES ? look_up<0, 2 * CODE + 1>(word, lane4) ^ look_up<1, 2 * CODE>(word, lane4)
-                                             : look_up<2, CODE>(word, lane4);
-      }
-}
-
-// All stages of one code: eight weights divided by 256 times the first ratio. The last stage comes first, so that what is
-// rounded on the way is small. ratios[s]: that of stage s + 1 to stage s.
-__device__ __forceinline__ void decode(u32 (&weights)[4], const u32 (&nibbles)[STAGES], const u32 (&ratios)[STAGES]) {
-#pragma unroll
-  for (int s = STAGES - 1; s >= 0; --s) {
-    u32 pairs[4];
-    if (s < E8P_STAGES) to_pairs<15>(pairs, nibbles[s]);
-    else to_pairs<16>(pairs, nibbles[s]);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) weights[i] = s == STAGES - 1 ? pairs[i] : fma_pair(weights[i], ratios[s], pairs[i]);
-  }
 }
 
 // x: where the lane's eight columns of the first tokens lie.
@@ -276,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) gemm(const __grid
     advance();
   }
   if (base > TABLES) __trap();
-  fill_tables<true>(dynamic - base + TABLES);
+  fill_tables<true>(dynamic - base + TABLES, blockDim.x);
   u32 ratios[STAGES]; // of stage s + 1 to stage s; the first stage's own waits until sums are stored
   const float first_ratio = p.ratios[0];
 #pragma unroll

@@ -227,7 +227,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
       if (segments[s].begin >= 0) scales[s] = load8_raw(p.scale_in, k, min(segments[s].end, p.columns), p.scale_dtype);
     }
 
-  fill_tables(shared + TABLES);
+  fill_tables(shared + TABLES, blockDim.x);
   for (int row = row0 + 32 * threadIdx.x; row < min(row1, p.features); row += 32 * 32 * WARPS) {
     prefetch(static_cast<const u8*>(p.scale_out) + row * (p.scale_dtype == FLOAT32 ? 4 : 2));
     if (p.bias) prefetch(static_cast<const u8*>(p.bias) + row * (p.bias_dtype == FLOAT32 ? 4 : 2));

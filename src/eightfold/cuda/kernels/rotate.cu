@@ -81,12 +81,13 @@ struct RotateParams {
                      // leaves, float32 [slices, tokens, end - begin]. Rows are x_stride apart
   const void* scale; // [features]
   const void* bias;  // [features] or null; output side only
-  void* y;           // float16 [tokens, padded] of the input side; [tokens, features] of the output side
+  void* y;           // float16 [tokens, padded], or tiled, of the input side; [tokens, features] of the output side
   float* divisors;   // [tokens]: what a rotated input was divided by, a power of two
   float* scratch;    // as above
   long long x_stride;
   int x_dtype, y_dtype, scale_dtype, bias_dtype, features, tokens, slices, buffer;
   int begin, end; // coordinates, whole blocks: all of the input side with padding, or a part of the output side
+  int tile;       // tokens of a tile of the input side's y, 0 for rows as they are; then runs end on multiples of 64
   Runs runs;
 };
 
@@ -101,6 +102,41 @@ __device__ __forceinline__ float sum_of_warp(float v) {
 #pragma unroll
   for (int lanes = 16; lanes; lanes >>= 1) v += __shfl_xor_sync(0xffffffffu, v, lanes);
   return v;
+}
+
+// For wgmma.cu: tile after tile of tokens; of each, steps of 64 columns; of each, the tokens' 128 bytes. There the columns
+// lie in the order in which lanes decode codes: a lane of four, t, has the codes 2 t and 2 t + 1, and of a code the pair w
+// of coordinates is its part w of two mma. So 16 bytes number 4 (code & 1) + w are the pairs w of the four codes of that
+// parity. They are swizzled: exchanged by the last bits of the token's number. Lane l holds code l & 7 of a step.
+__device__ __forceinline__ void to_chunk(uint4& packed, int lane) {
+  u32 w[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+  for (int bit = 1; bit < 4; bit *= 2) // the transpose of four pairs of four codes
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (!(i & bit)) {
+        const bool high = lane & 2 * bit;
+        const u32 other = __shfl_xor_sync(0xffffffffu, high ? w[i] : w[i + bit], 2 * bit);
+        if (high) w[i] = other;
+        else w[i + bit] = other;
+      }
+  packed = make_uint4(w[0], w[1], w[2], w[3]);
+}
+// Eight coordinates of a rotated row from k on, those below `limit`, by all lanes of a warp; lane l holds eight number l.
+template <bool TILED>
+__device__ __forceinline__ void store_rotated(const RotateParams& p, int token, int k, int limit, const float (&v)[8]) {
+  long long at = (long long)token * p.end + k;
+  if (!TILED) return store8(p.y, at, at - k + limit, FLOAT16, v);
+  uint4 packed = pack8(v, FLOAT16);
+  {
+    int lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane)); // volatile: not to be kept in registers that are not there
+    to_chunk(packed, lane);
+    const u32 tile = u32(token) / u32(p.tile);
+    at = 8ll * ((tile * u32(p.end / 64 - 1) + (k >> 6)) * u32(p.tile) + token) + (4 * (lane & 1) + (lane >> 1 & 3) ^ token & 7);
+  }
+  if (k < limit) static_cast<uint4*>(p.y)[at] = packed;
+  __syncwarp(); // else the compiler works on several of them at once, for which there are no registers
 }
 
 // Eight coordinates of the output side from `begin` + k on, those from `begin` + limit on as zeros; slices are added in
@@ -131,9 +167,10 @@ __device__ __forceinline__ void load_sum(float (&v)[8], const RotateParams& p, i
 // The kernels for blocks up to 256: a warp holds several segments at a time, so that as many loads are in flight.
 constexpr int ITEMS = 4;
 constexpr int ROW_THREADS = 896; // most of rotate_input: a row is ITEMS segments of each warp
+constexpr int TILED_THREADS = 640, TILED_ITEMS = 6; // the same of rotate_input_tiled, which needs more registers
 
 // Rows of the input side, of which each warp holds up to COUNT segments.
-template <int COUNT>
+template <int COUNT, bool TILED>
 __device__ __forceinline__ void rotate_rows(const RotateParams& p, float (&squares_of)[2][32]) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
   int places[COUNT]; // 16 times the first coordinate of the lane, or `end` for none, and the log
@@ -148,7 +185,7 @@ __device__ __forceinline__ void rotate_rows(const RotateParams& p, float (&squar
   Butterfly b = butterfly(places[0] & 15);
   wait_for_previous();
   for (int token = blockIdx.x, turn = 0; token < p.tokens; token += gridDim.x, turn ^= 1) {
-    const long long row = token * p.x_stride, out = (long long)token * p.end;
+    const long long row = token * p.x_stride;
     uint4 packed[COUNT];
     float squares = 0;
     const auto scaled = [&](float(&v)[8], int i) {
@@ -184,20 +221,28 @@ __device__ __forceinline__ void rotate_rows(const RotateParams& p, float (&squar
       transform(v, b);
 #pragma unroll
       for (int k = 0; k < 8; ++k) v[k] *= inverse * hadamard_norm(log);
-      store8(p.y, out + (places[i] >> 4), out + p.end, FLOAT16, v);
+      store_rotated<TILED>(p, token, places[i] >> 4, p.end, v);
     }
   }
 }
 
 // x, scaled and rotated, as float16 for a matrix product, divided by a power of two. A CTA takes row after row, each in
 // registers as a whole: its divisor must be known before it is written.
-extern "C" __global__ void __launch_bounds__(ROW_THREADS) rotate_input(const __grid_constant__ RotateParams p) {
+template <bool TILED>
+__device__ __forceinline__ void rotate_input_rows(const RotateParams& p) {
   __shared__ float squares_of[2][32];
   launch_dependents();
   const int warps = blockDim.x >> 5;
-  if (find_segment(p.runs, 0, p.end, warps).begin < 0) rotate_rows<1>(p, squares_of);
-  else if (find_segment(p.runs, 0, p.end, 2 * warps).begin < 0) rotate_rows<2>(p, squares_of);
-  else rotate_rows<ITEMS>(p, squares_of);
+  if (find_segment(p.runs, 0, p.end, warps).begin < 0) rotate_rows<1, TILED>(p, squares_of);
+  else if (find_segment(p.runs, 0, p.end, 2 * warps).begin < 0) rotate_rows<2, TILED>(p, squares_of);
+  else if (!TILED || find_segment(p.runs, 0, p.end, ITEMS * warps).begin < 0) rotate_rows<ITEMS, TILED>(p, squares_of);
+  else rotate_rows<TILED ? TILED_ITEMS : 1, TILED>(p, squares_of);
+}
+extern "C" __global__ void __launch_bounds__(ROW_THREADS) rotate_input(const __grid_constant__ RotateParams p) {
+  rotate_input_rows<false>(p);
+}
+extern "C" __global__ void __launch_bounds__(TILED_THREADS) rotate_input_tiled(const __grid_constant__ RotateParams p) {
+  rotate_input_rows<true>(p);
 }
 
 // The output side: add the slices, if there are some, rotate back, then scales and bias. A warp keeps to its segment,
@@ -267,7 +312,7 @@ __device__ __forceinline__ void rotate_wide(const RotateParams& p) {
   launch_dependents();
   wait_for_previous();
   for (int token = blockIdx.x; token < p.tokens; token += gridDim.x) {
-    const long long out = (long long)token * (INPUT ? p.end : p.features);
+    const long long out = (long long)token * p.features;
     const Input input = {p.x, p.scale, token * p.x_stride, p.x_dtype, p.scale_dtype, p.features};
     float factor = p.divisors && !INPUT ? p.divisors[token] : 1.f;
     if (INPUT) {
@@ -293,13 +338,15 @@ __device__ __forceinline__ void rotate_wide(const RotateParams& p) {
       else load_sum(v, p, token, k - p.begin, limit - p.begin);
     };
     const auto keep = [&](const float(&v)[8], int k, int limit) {
-      const int stop = INPUT ? limit : min(limit, p.features);
+      const int stop = min(limit, p.features);
       float scale[8], bias[8] = {}, result[8];
       if (!INPUT) load8(scale, p.scale, k, stop, p.scale_dtype);
       if (!INPUT && p.bias) load8(bias, p.bias, k, stop, p.bias_dtype);
 #pragma unroll
       for (int i = 0; i < 8; ++i) result[i] = INPUT ? v[i] * factor : v[i] * factor * scale[i] + bias[i];
-      store8(p.y, out + k, out + stop, p.y_dtype, result);
+      if (INPUT && p.tile) store_rotated<true>(p, token, k, limit, result);
+      else if (INPUT) store_rotated<false>(p, token, k, limit, result);
+      else store8(p.y, out + k, out + stop, p.y_dtype, result);
     };
     int turn = 0;
     for (int r = 0; r < p.runs.count; ++r) {

@@ -1,0 +1,38 @@
+#pragma once
+// Rings of slots in shared memory: asynchronous copies fill them, warps that never meet read them. A slot has two barriers,
+// one passed when all copies are there, one when every reader is done with it.
+#include "common.cuh"
+
+// The next slot to be filled, read or left, of COUNT slots of BYTES each from the shared address FIRST on.
+template <u32 FIRST, int BYTES, int COUNT>
+struct RingSlot {
+  u32 at = 0, round = 0;
+  __device__ __forceinline__ u32 address() const { return FIRST + at * BYTES; }
+  __device__ __forceinline__ void advance() {
+    if (++at == COUNT) {
+      at = 0;
+      round ^= 1;
+    }
+  }
+};
+
+__device__ __forceinline__ void start_barrier(u32 barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void arrive(u32 barrier) {
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(barrier) : "memory");
+}
+// Arrives when all copies that this thread has begun are there.
+__device__ __forceinline__ void arrive_with_copies(u32 barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+// Until the barrier's phase `round` (0 or 1, the phase before the first counts as 1) is over.
+__device__ __forceinline__ void wait(u32 barrier, u32 round) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{ .reg .pred over;\nAGAIN: mbarrier.try_wait.parity.shared.b64 over, [%0], %1;\n@!over bra AGAIN; }"
+               ::"r"(barrier), "r"(round) : "memory");
+#else
+  asm volatile("{ .reg .pred over;\nAGAIN: mbarrier.test_wait.parity.shared.b64 over, [%0], %1;\n@!over bra AGAIN; }"
+               ::"r"(barrier), "r"(round) : "memory");
+#endif
+}
