@@ -94,12 +94,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seqlen", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=100_000)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="float32")
 
 
 def base_request(args: argparse.Namespace, settings: Settings) -> Request:
-    """The request that the options say, in float32, without a gate; 2 bits."""
+    """The request that the options say, without a gate; 2 bits."""
     return Request(
-        args.model, "", 2, args.calibration, args.samples, args.seqlen, args.device, "float32", tp_max=1,
+        args.model, "", 2, args.calibration, args.samples, args.seqlen, args.device, args.dtype, tp_max=1,
         eval_text=args.text, eval_windows=args.windows, max_ratio=100.0, settings=settings,
     )  # fmt: skip
 
@@ -139,6 +140,7 @@ def main() -> None:
         samples=args.samples,
         seqlen=args.seqlen,
         windows=rows[0]["windows"],
+        dtype=args.dtype,
         tf32=torch.backends.cuda.matmul.allow_tf32,
         **settings,
     )

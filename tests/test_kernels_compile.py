@@ -37,6 +37,7 @@ def builds(arch: int) -> Iterator[tuple[str, dict[str, int]]]:
     """Every file of kernels with the macros that it is compiled with."""
     yield "rotate.cu", {}
     yield "encode.cu", {}
+    yield "ldlq.cu", {}
     yield from (("dequantize.cu", stages.defines) for stages in RECIPES)
     yield from (("shell.cu", stages.defines) for stages in SHELLS)
     for stages in RECIPES:
