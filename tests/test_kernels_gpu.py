@@ -280,7 +280,7 @@ def test_compile_to_one_node():
 def test_opcheck(tokens):
     module = layer(192, 576, 3, bias="float16")
     x = torch.randn(tokens, 576, device="cuda").half()
-    codes, ratios, *vectors, in_blocks, out_blocks = module._arguments()
+    codes, ratios, *vectors, in_blocks, out_blocks = module.arguments()
     arguments = (x, [c.detach() for c in codes], ratios.cuda(), *(v.detach() for v in vectors))
     torch.library.opcheck(torch.ops.eightfold.linear, (*arguments, module.bias.detach(), in_blocks, out_blocks))
 
