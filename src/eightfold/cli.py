@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: Namespace, terminal: Terminal) -> tuple[int, dict[str, Any]]:
     import torch
 
-    from eightfold import commands
+    from eightfold import bench, commands
     from eightfold.console import quiet_libraries
 
     command = {
@@ -59,6 +59,7 @@ def _run(options: Namespace, terminal: Terminal) -> tuple[int, dict[str, Any]]:
         "inspect": commands.run_inspect,
         "verify": commands.run_verify,
         "demo": commands.run_demo_command,
+        "bench": bench.run_bench,
     }[options.command]
     try:
         with quiet_libraries() if options.command != "inspect" else nullcontext():
@@ -104,6 +105,7 @@ def _parser() -> ArgumentParser:
     verify = commands.add_parser("verify", parents=[every], help="check a checkpoint's files, weights and loading")
     verify.add_argument("dir", metavar="DIR", help="an eightfold or GLQ checkpoint")
     verify.add_argument("--against", metavar="MODEL", help="the original model: compare weights with it")
+    _add_bench(commands.add_parser("bench", help="measure how fast a server runs a checkpoint"), every)
     demo = commands.add_parser("demo", parents=[every], help="quantize the bundled model at 2, 3, 4 bits and report")
     demo.add_argument("--out", default="demo-report", metavar="DIR", help="folder of the report (default: %(default)s)")
     return parser
@@ -159,6 +161,41 @@ def _add_eval(parser: ArgumentParser) -> None:
     add("--text", metavar="FILE", help="text file, .jsonl or folder of these (default: the bundled evaluation text)")
     add("--seqlen", type=_count, default=1024, metavar="N", help="tokens of a window (default: %(default)s)")
     add("--windows", type=_count, metavar="N", help="at most so many windows (default: all of the text)")
+
+
+def _add_bench(parser: ArgumentParser, every: ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="bench", required=True, metavar="WHAT")
+    serve = kinds.add_parser("serve", parents=[every], help="tokens per second of vLLM against bfloat16")
+    add = serve.add_argument
+    add("model", metavar="DIR", help="a checkpoint, or a shape: SmolLM3-3B, Llama-3.1-8B, 31B (weights are random)")
+    add(
+        "--bits",
+        nargs="+",
+        type=_rate,
+        default=[],
+        metavar="B[+H]",
+        help="of a shape: bits of the linears, bits of the output head, which is left alone without +H",
+    )
+    add("--against", nargs="+", default=[], metavar="DIR", help="measure these, too")
+    add(
+        "--baseline",
+        action=BooleanOptionalAction,
+        default=True,
+        help="the same architecture in bfloat16, for comparison",
+    )
+    add("--sequences", nargs="+", type=_count, default=[1, 8, 32, 128], metavar="N", help="requests at once")
+    add("--tokens", type=_count, default=256, metavar="N", help="new tokens of each (default: %(default)s)")
+    add("--prompt", type=_count, default=1024, metavar="N", help="tokens before the first (default: %(default)s)")
+    add("--tp", type=_count, default=1, metavar="N", help="tensor-parallel size (default: %(default)s)")
+    add("--memory", type=_positive, default=0.9, metavar="SHARE", help="of the GPU's, for vLLM (default: %(default)s)")
+    add("--out", metavar="DIR", help="folder for the numbers and a picture")
+
+
+def _rate(text: str) -> tuple[int, int | None]:
+    match = re.fullmatch(r"([2-8])(?:\+([2-8]))?", text)
+    if match is None:
+        raise ArgumentTypeError(f"expected bits from 2 to 8, and + bits of the head: 4 or 2+4, got {text!r}")
+    return int(match[1]), int(match[2]) if match[2] else None
 
 
 def _count(text: str) -> int:

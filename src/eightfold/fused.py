@@ -59,7 +59,9 @@ def members(layers: Mapping[str, Layer], name: str, packed: Mapping[str, Sequenc
         if each not in layers and each.endswith("v_proj"):
             each = each.removesuffix("v_proj") + "k_proj"
         if each not in layers:
-            raise CheckpointError(f"{each}: expected it quantized like the others of {name}, config.json does not list it")
+            raise CheckpointError(
+                f"{each}: expected it quantized like the others of {name}, config.json does not list it"
+            )
         found.append(layers[each])
     return found
 
@@ -114,7 +116,9 @@ def joined(first: LayerSpec, second: LayerSpec) -> LayerSpec:
 
 def _parts(layers: Sequence[Layer], sizes: Sequence[int], tp_max: int) -> list[Part]:
     if len(layers) != len(sizes):
-        raise ValueError(f"{layers[0].name}: expected {len(layers)} parts of a merged linear, the model has {len(sizes)}")
+        raise ValueError(
+            f"{layers[0].name}: expected {len(layers)} parts of a merged linear, the model has {len(sizes)}"
+        )
     parts = []
     for layer, size in zip(layers, sizes, strict=True):
         spec = layer.spec

@@ -1,8 +1,8 @@
 """vLLM loads and serves eightfold checkpoints through what this module registers (entry point `vllm.general_plugins`).
 
 A linear of vLLM, which may be several layers of the checkpoint side by side and may be cut among devices, runs as one
-`eightfold::linear`. All that belongs to a checkpoint reaches the operator as a tensor, and only shapes and rotation blocks
-as integers, so that a compiled graph that vLLM kept serves the next checkpoint with the next one's values.
+`eightfold::linear`. All that belongs to a checkpoint reaches the operator as a tensor, and only shapes and rotation
+blocks as integers, so that a compiled graph that vLLM kept serves the next checkpoint with the next one's values.
 docs/serving.md; written against vLLM 0.25.
 """
 
@@ -63,7 +63,7 @@ class EightfoldConfig(QuantizationConfig):
         return cls(QuantConfig.from_dict(config))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Compare a local folder's files with the configuration: an error then names what is in them, before loading."""
+        """Compare a local folder's files with the configuration, so that errors name what is in them."""
         path = Path(model_name)
         if path.is_dir() and any(path.glob("*.safetensors")):
             check_files(ModelFolder(path))
@@ -73,7 +73,9 @@ class EightfoldConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, RoutedExperts):
-            raise CheckpointError(f"{prefix}: mixture-of-experts models cannot be served from eightfold checkpoints yet")
+            raise CheckpointError(
+                f"{prefix}: mixture-of-experts models cannot be served from eightfold checkpoints yet"
+            )
         if not isinstance(layer, LinearBase | VocabParallelEmbedding):
             return None
         # Some models give their embeddings no name.
@@ -168,7 +170,9 @@ class EightfoldLinearMethod(LinearMethodBase):
         """Register the tensors of one call of the operator."""
         module = QuantLinear.from_packed(packed)
         if packed.scale_in.is_cuda and not module.prepare(self.dtype).runs_kernels:
-            raise CheckpointError(f"{self.layers[0].name}: its rotation blocks or codebooks have no kernels: not served")
+            raise CheckpointError(
+                f"{self.layers[0].name}: its rotation blocks or codebooks have no kernels: not served"
+            )
         codes, ratios, scale_in, scale_out, in_blocks, out_blocks = module.arguments()
         start = f"part{number}_" if number else ""
         names = [f"{start}qweight{k or ''}" for k in range(len(codes))]

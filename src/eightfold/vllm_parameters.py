@@ -36,7 +36,7 @@ class InputScales(BasevLLMParameter):
 
 
 class Pieces(BasevLLMParameter):
-    """Tensors of one name of several parts, of any dtypes and shapes: uint8 [bytes]. `regions`: part → where it lies."""
+    """Tensors of one name of several parts, of any dtype and shape: uint8 [bytes]. `regions`: part → where it lies."""
 
     regions: dict[int, Region]
 
@@ -86,13 +86,17 @@ class Loading:
         """The parts that a shard of vLLM means: "q", 1, (0, 1), or None for all."""
         if shard is None or len(self.parts) == 1:
             return list(range(len(self.parts)))
-        return [_QKV[each] if isinstance(each, str) else each for each in (shard if isinstance(shard, tuple) else [shard])]
+        return [
+            _QKV[each] if isinstance(each, str) else each for each in (shard if isinstance(shard, tuple) else [shard])
+        ]
 
     def check(self, layer: nn.Module) -> None:
         """Raise CheckpointError naming a tensor that never came, or whose values are not finite."""
         missing = [name for key, name in self._expected.items() if key not in self._came]
         if missing:
-            raise CheckpointError(f"{missing[0]}: expected this tensor in the files, it was not loaded ({len(missing)} such)")
+            raise CheckpointError(
+                f"{missing[0]}: expected this tensor in the files, it was not loaded ({len(missing)} such)"
+            )
         for name, parameter in layer.named_parameters(recurse=False):
             if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
                 raise CheckpointError(f"{self.parts[0].layer.name}: {name} has values that are not finite")
@@ -122,12 +126,13 @@ class Loading:
                 elif name == "scale_in":
                     named[name] = tensor.data
                 else:
-                    first, count = (start, part.spec.out_features) if name == "scale_out" else (row, part.spec.padded_out)
+                    first, count = (
+                        (start, part.spec.out_features) if name == "scale_out" else (row, part.spec.padded_out)
+                    )
                     named[name] = tensor.data[first : first + count]
             row, start = row + part.spec.padded_out, start + part.spec.out_features
             result.append(PackedWeight.from_tensors(part.spec, part.layer.recipe, named))
         return result
-
 
     def remove(self, layer: nn.Module) -> dict[str, nn.Parameter]:
         """Take what was loaded from the layer: by name."""
@@ -137,7 +142,9 @@ class Loading:
         return loaded
 
 
-def make_parameters(parts: Sequence[Part], scale: torch.dtype, loading: Loading, whole: bool) -> dict[str, nn.Parameter]:
+def make_parameters(
+    parts: Sequence[Part], scale: torch.dtype, loading: Loading, whole: bool
+) -> dict[str, nn.Parameter]:
     """By name, the parameters for the tensors of `parts`, `scale` the dtype of scale vectors; `loading` expects them.
     `whole`: there is one part, and vLLM's classes may copy its rows, padding included."""
     for number, part in enumerate(parts):

@@ -1,0 +1,218 @@
+"""Serving in vLLM against transformers on one GPU: the same tokens, the same perplexity, the next checkpoint's values.
+
+    python benchmarks/serving.py greedy MODEL...         greedy tokens of vLLM, graphs on, and of transformers
+    python benchmarks/serving.py perplexity MODEL...     both, on the bundled evaluation text
+    python benchmarks/serving.py swapped A B             A, then B in A's folder, vLLM's compile cache on
+    python benchmarks/serving.py parallel MODEL          logits at tensor-parallel size 2 against 1, and the speed
+
+Results go to benchmarks/results/serving.jsonl. Speed: `eightfold bench serve`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import math
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from results import append
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from eightfold.calibration import windows
+
+PROMPTS, PROMPT, NEW = 8, 32, 64
+
+
+class Heard(logging.Handler):
+    """Keeps vLLM's warnings."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+class Served:
+    """A model in vLLM, in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0), and all that it took to load it."""
+
+    def __init__(self, model: str, **options: Any) -> None:
+        from vllm import LLM
+
+        self.heard = Heard()
+        logging.getLogger("vllm").addHandler(self.heard)
+        start = time.perf_counter()
+        defaults = {"max_model_len": 512, "max_num_seqs": 32, "gpu_memory_utilization": 0.3, "dtype": "bfloat16"}
+        self.llm = LLM(model=model, enable_prefix_caching=False, **defaults | options)
+        self.seconds = time.perf_counter() - start
+
+    def facts(self) -> dict[str, Any]:
+        """What was captured, and what vLLM warned of."""
+        compilation = self.llm.llm_engine.vllm_config.compilation_config
+        fallback = [line for line in self.heard.lines if "cudagraph" in line.lower() or "cuda graph" in line.lower()]
+        return {
+            "cudagraph_mode": str(compilation.cudagraph_mode),
+            "capture_sizes": list(compilation.cudagraph_capture_sizes or ()),
+            "graphs": self.llm.collective_rpc(_graphs)[0],
+            "warnings": self.heard.lines,
+            "fallback_warnings": fallback,
+            "start_seconds": round(self.seconds, 1),
+        }
+
+    def tokens(self, prompts: list[list[int]], count: int) -> list[list[int]]:
+        """Greedy continuations."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+        outputs = self.llm.generate([{"prompt_token_ids": each} for each in prompts], params, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def log_likelihood(self, rows: list[list[int]]) -> tuple[float, int]:
+        """Sum of the log-probabilities of all tokens but the first of each row, and how many they are."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+        outputs = self.llm.generate([{"prompt_token_ids": each} for each in rows], params, use_tqdm=False)
+        total, count = 0.0, 0
+        for row, output in zip(rows, outputs, strict=True):
+            for token, found in zip(row[1:], output.prompt_logprobs[1:], strict=True):
+                total += found[token].logprob
+                count += 1
+        return total, count
+
+    def close(self) -> None:
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        logging.getLogger("vllm").removeHandler(self.heard)
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def _graphs(worker: Any) -> dict[str, int]:
+    """How many graphs of each kind a worker captured, and how many it meant to."""
+    manager = getattr(worker.model_runner, "cudagraph_manager", None)
+    if manager is None:
+        return {}
+    meant = {mode.name: len(descriptions) for mode, descriptions in manager._capture_descs.items()}
+    return {f"meant {mode}": count for mode, count in meant.items()} | {"captured FULL": len(manager.graphs)}
+
+
+def greedy(model: str) -> dict[str, Any]:
+    """Tokens of both; where they part, how far the two best logits of transformers are apart there."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    prompts = windows(None, tokenizer, PROMPT, limit=PROMPTS).tolist()
+    served = Served(model)
+    ours = served.tokens(prompts, NEW)
+    facts = served.facts()
+    served.close()
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, device_map="cuda")
+    same, parted = 0, []
+    for prompt, found in zip(prompts, ours, strict=True):
+        ids = torch.tensor([prompt], device="cuda")
+        with torch.no_grad():
+            theirs = reference.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW
+            )[0, len(prompt) :].tolist()
+        if theirs == found:
+            same += 1
+            continue
+        at = next(i for i, (a, b) in enumerate(zip(theirs, found, strict=True)) if a != b)
+        with torch.no_grad():
+            logits = reference(torch.tensor([prompt + found[:at]], device="cuda")).logits[0, -1].float()
+        top = logits.topk(2).values.tolist()
+        step = 2.0 ** (math.floor(math.log2(max(abs(top[0]), 1e-9))) - 7)
+        between = abs(float(logits[theirs[at]] - logits[found[at]]))
+        parted.append({"at": at, "top": top, "bf16_steps": (top[0] - top[1]) / step, "between": between / step})
+    del reference
+    torch.cuda.empty_cache()
+    return {
+        "case": "greedy",
+        "model": Path(model).name,
+        "prompts": len(prompts),
+        "same": same,
+        "parted": parted,
+    } | facts
+
+
+def perplexity(model: str, seqlen: int = 256, limit: int = 32) -> dict[str, Any]:
+    """Perplexity of the same windows through both."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = windows(None, tokenizer, seqlen, limit=limit)
+    served = Served(model)
+    total, count = served.log_likelihood(rows.tolist())
+    served.close()
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, device_map="cuda")
+    theirs = 0.0
+    with torch.no_grad():
+        for row in rows.cuda():
+            scores = reference(row[None]).logits[0, :-1].float().log_softmax(-1)
+            theirs += float(scores.gather(1, row[1:, None]).sum())
+    del reference
+    torch.cuda.empty_cache()
+    a, b = math.exp(-total / count), math.exp(-theirs / count)
+    return {
+        "case": "perplexity",
+        "model": Path(model).name,
+        "tokens": count,
+        "vllm": a,
+        "transformers": b,
+        "ratio": a / b,
+    }
+
+
+def swapped(first: str, second: str) -> dict[str, Any]:
+    """Serve `first`, put `second` in its folder, serve again from vLLM's compile cache: are the tokens the second's?"""
+    tokenizer = AutoTokenizer.from_pretrained(first)
+    prompts = windows(None, tokenizer, PROMPT, limit=PROMPTS).tolist()
+    found, starts = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "model"
+        for source in (first, second):
+            if place.exists():
+                shutil.rmtree(place)
+            shutil.copytree(source, place)
+            served = Served(str(place))
+            found.append(served.tokens(prompts, NEW))
+            starts.append(round(served.seconds, 1))
+            served.close()
+    reference = AutoModelForCausalLM.from_pretrained(second, dtype=torch.bfloat16, device_map="cuda")
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device="cuda")
+        with torch.no_grad():
+            made = reference.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW)
+        expected.append(made[0, len(prompt) :].tolist())
+    same = sum(a[: len(b)] == b for a, b in zip(found[1], expected, strict=True))
+    moved = sum(a != b for a, b in zip(*found, strict=True))
+    return {"case": "swapped", "prompts": len(prompts), "differ_from_first": moved, "as_second": same, "starts": starts}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", choices=("greedy", "perplexity", "swapped"))
+    parser.add_argument("models", nargs="+")
+    options = parser.parse_args()
+    rows = []
+    if options.case == "swapped":
+        rows.append(swapped(*options.models))
+    else:
+        for model in options.models:
+            rows.append({"greedy": greedy, "perplexity": perplexity}[options.case](model))
+            print(json.dumps(rows[-1]), flush=True)
+    path = append("serving", rows, case=options.case, models=[Path(model).name for model in options.models])
+    print(json.dumps(rows[-1]), path, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
