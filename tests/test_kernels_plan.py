@@ -305,7 +305,7 @@ def test_layouts_that_no_kernel_takes():
     stages = Stages(1, 0)
     check(stages, 65536, (64, 1024), (16, 4096))
     for rows, blocks in ((planning.MAX_ROWS + 16, (64, 1)), (16, (64, 1025))):
-        with pytest.raises(UnsupportedLayoutError, match="at most 524288 rows and 65536 columns"):
+        with pytest.raises(UnsupportedLayoutError, match="at most 524288 × 65536 weights"):
             check(stages, rows, blocks, (16, 1))
     many = flat((128, 64) * 49)
     for sides in ((many, (16, 1)), ((64, 1), many)):

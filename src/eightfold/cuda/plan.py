@@ -191,9 +191,7 @@ def check(stages: Stages, rows: int, in_blocks: tuple[int, ...], out_blocks: tup
         raise UnsupportedLayoutError(f"expected 1 to 4 stages of E8P and at most one of E81B, got {stages}")
     columns = runs(in_blocks)[-1][1]
     if columns > MAX_FEATURES or rows > MAX_ROWS:
-        raise UnsupportedLayoutError(
-            f"expected at most {MAX_ROWS} rows and {MAX_FEATURES} columns, got {rows}, {columns}"
-        )
+        raise UnsupportedLayoutError(f"expected at most {MAX_ROWS} × {MAX_FEATURES} weights, got {rows} × {columns}")
     if min(in_blocks[::2]) < 8:
         raise UnsupportedLayoutError(f"expected input blocks of at least 8, got {list(in_blocks)}")
     pack_runs(in_blocks)
