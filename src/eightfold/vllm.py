@@ -1,4 +1,4 @@
-"""vLLM loads and serves eightfold checkpoints through what this module registers (entry point `vllm.general_plugins`).
+"""vLLM loads and serves eightfold checkpoints through what this module defines (vllm_plugin.py registers it).
 
 A linear of vLLM, which may be several layers of the checkpoint side by side and may be cut among devices, runs as one
 `eightfold::linear`. All that belongs to a checkpoint reaches the operator as a tensor, and only shapes and rotation
@@ -23,7 +23,6 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
     register_weight_loader_v2_supported_method,
 )
-from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
@@ -224,8 +223,3 @@ def check_files(folder: ModelFolder) -> None:
         if name.rpartition(".")[0] in config.layers
     }
     check_same({name: (DTYPE_CODES[dtype], shape) for name, (dtype, shape) in expected.items()}, came)
-
-
-def register() -> None:
-    """What vLLM calls in every process, maybe more than once."""
-    register_quantization_config(QUANT_METHOD)(EightfoldConfig)
