@@ -25,7 +25,7 @@ def register() -> None:
         _ours.append(glq.QUANT_METHOD)
     else:
         logger.warning(
-            "GLQ checkpoints (quant_method 'glq') are served by another package, which was registered before eightfold: "
+            "GLQ checkpoints (quant_method 'glq') are served by another package that was registered before: "
             "convert them with `eightfold convert`, or uninstall it"
         )
 
