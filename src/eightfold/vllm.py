@@ -144,9 +144,12 @@ class EightfoldLinearMethod(LinearMethodBase):
         if self.dummy:
             self.loading.fill(layer)
         else:
-            self.loading.check(layer)
+            self.loading.check()
         self._check_bias(layer)
-        self.calls = [self._install(layer, i, weight) for i, weight in enumerate(merged(self.weights(layer)))]
+        weights = self.weights(layer)
+        for part, weight in zip(self.parts, weights, strict=True):
+            weight.validate(part.layer.name)
+        self.calls = [self._install(layer, i, weight) for i, weight in enumerate(merged(weights))]
 
     def weights(self, layer: nn.Module) -> list[PackedWeight]:
         """What was loaded, a weight for each part; `layer` keeps none of it."""
