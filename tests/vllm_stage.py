@@ -1,13 +1,19 @@
-"""vLLM's own classes without vLLM: the Python of the packed vLLM in the shared folder, for a process without a GPU.
+"""vLLM's own classes without vLLM: the Python of the packed vLLM in the shared folder, in a process without a GPU.
 
-Its packages are unpacked without their compiled parts; what else it imports and is not installed becomes stand-ins, which
-nothing calls. It calls itself vLLM for CPUs, so that it looks for no GPU.
+    python vllm_stage.py BUNDLE WORK RESULTS
+
+runs the cases of vllm_cases.py; RESULTS becomes a JSON object, name of a case → null or its traceback. vLLM's packages
+are unpacked without their compiled parts; what else it imports and is not installed becomes stand-ins, which nothing
+calls. It calls itself vLLM for CPUs, so that it looks for no GPU.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import tarfile
+import traceback
 import types
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
@@ -19,10 +25,33 @@ from typing import Any
 UNPACKED = ("vllm/", "compressed_tensors", "loguru", "cachetools", "vllm-")
 # Imported by modules that are needed, called by none of them here.
 STAND_INS = (
-    "aiohttp cbor2 cloudpickle cpuinfo cv2 einops fastapi httpx2 llguidance msgspec openai openai_harmony "
-    "partial_json_parser prometheus_client pybase64 requests scipy sentencepiece sniffio starlette tiktoken "
-    "urllib3 uvloop xgrammar zmq"
-).split()
+    "aiohttp",
+    "cbor2",
+    "cloudpickle",
+    "cpuinfo",
+    "cv2",
+    "einops",
+    "fastapi",
+    "httpx2",
+    "llguidance",
+    "msgspec",
+    "openai",
+    "openai_harmony",
+    "partial_json_parser",
+    "prometheus_client",
+    "pybase64",
+    "requests",
+    "scipy",
+    "sentencepiece",
+    "sniffio",
+    "starlette",
+    "tiktoken",
+    "urllib3",
+    "uvloop",
+    "xgrammar",
+    "zmq",
+)
+ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1", "VLLM_PLUGINS": "", "VLLM_NO_USAGE_STATS": "1"}
 
 
 def unpack(bundle: Path, folder: Path) -> Path:
@@ -84,7 +113,6 @@ def _made(module: str, name: str) -> Any:
 
 class _Module(types.ModuleType):
     __version__ = "0"
-    __path__: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name.endswith("__"):
@@ -110,3 +138,27 @@ def install(folder: Path) -> None:
     """Make `import vllm` find what `unpack` laid out."""
     sys.path.insert(0, str(folder))
     sys.meta_path.insert(0, _StandIns([root for root in STAND_INS if find_spec(root) is None]))
+
+
+def main() -> None:
+    bundle, work, results = map(Path, sys.argv[1:4])
+    os.environ |= ENVIRONMENT | {"VLLM_CACHE_ROOT": str(work)}
+    install(unpack(bundle, work / "vllm"))
+    import torch
+    from vllm_cases import CASES, prepare
+
+    prepare()
+    found: dict[str, str | None] = {}
+    for name, case in CASES.items():
+        torch.manual_seed(0)
+        torch.set_default_dtype(torch.float32)  # vLLM leaves its own where it fails
+        try:
+            case()
+            found[name] = None
+        except BaseException:  # noqa: BLE001 (what pytest raises for a missing exception is no Exception)
+            found[name] = traceback.format_exc()
+        results.write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,32 +1,21 @@
-"""Cases on vLLM's own classes, in a process of their own: `python vllm_worker.py BUNDLE WORK SHARED RESULTS`.
+"""Cases on vLLM's own classes: each function `case_…` is one. `vllm_stage.py` runs them, in a process of their own.
 
-Every function `case_…` is one; RESULTS becomes a JSON object: its name → null, or the traceback. Tensor parallelism is
-one rank after the other in this process: vLLM is told its rank and size, nothing is sent.
+Tensor parallelism is one rank after the other: vLLM is told its rank and size, nothing is sent.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
-import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1", "VLLM_PLUGINS": "", "VLLM_NO_USAGE_STATS": "1"}
-os.environ["VLLM_CACHE_ROOT"] = sys.argv[2]
-
-import torch
-import vllm_stage
-
-BUNDLE, WORK, SHARED, RESULTS = map(Path, sys.argv[1:5])
-vllm_stage.install(vllm_stage.unpack(BUNDLE, WORK / "vllm"))
-
 import pytest
+import torch
 from glq_writer import Recipe, write_glq
 from models import write_model
 from packing import random_packed
@@ -52,14 +41,12 @@ from vllm.model_executor.models import ModelRegistry
 from eightfold import vllm_plugin
 from eightfold.checkpoint import AUTO_MAP
 from eightfold.format import CheckpointError, LayerSpec, PackedWeight, QuantConfig
-from eightfold.hf import EightfoldConfig as _  # noqa: F401  (registers the format with transformers)
-from eightfold.linear import QuantLinear
 from eightfold.quantize import dequantize, recipe
 from eightfold.rotation import layout_blocks
 from eightfold.tensor_parallel import linear_blocks
 from eightfold.vllm import EightfoldConfig, EightfoldLinearMethod
 
-torch.set_num_threads(1)
+WORK = Path(sys.argv[2])  # a folder for models
 COMPILED = torch.library.Library("_C", "FRAGMENT")
 COMPILED.define("gelu_tanh_and_mul(Tensor! out, Tensor x) -> ()")  # Gemma's layers look for it, nothing calls it
 MODELS = {
@@ -191,7 +178,7 @@ def padded(weight: PackedWeight) -> bool:
 def check_layers(model: Any, packed: dict[str, PackedWeight], dtype: torch.dtype = torch.bfloat16) -> int:
     """Every linear of vLLM's model against the layers that it is made of; how many there are."""
     count = 0
-    for name, module in model.named_modules():
+    for module in model.modules():
         if not isinstance(getattr(module, "quant_method", None), EightfoldLinearMethod):
             continue
         names = [layer.name for layer in module.quant_method.layers]
@@ -306,9 +293,9 @@ def case_merged_in_the_files_and_cut() -> None:
 def case_a_size_that_does_not_fit_is_refused() -> None:
     source = llama(WORK / "source-tp2")
     checkpoint(source, WORK / "quantized-tp2", 2, {"": 2})
-    with engine(WORK / "quantized-tp2") as config, as_rank(0, 4):
-        with pytest.raises(ValueError, match=r"sizes that fit this checkpoint are 1, 2;"):
-            load(config)
+    message = r"sizes that fit this checkpoint are 1, 2;"
+    with engine(WORK / "quantized-tp2") as config, as_rank(0, 4), pytest.raises(ValueError, match=message):
+        load(config)
 
 
 def case_missing_tensors_are_named() -> None:
@@ -515,24 +502,16 @@ def case_glq_shells_and_biases() -> None:
     glq_of("qwen2", Recipe("e8_shell", bits=(3, 4)), zero=True)
 
 
-def main() -> None:
+def prepare() -> None:
+    """Once before all cases."""
+    torch.set_num_threads(1)
     vllm_plugin.register()
     vllm_plugin.register()  # vLLM may
     for name, (module, kind) in MODELS.items():  # a class: by name vLLM would look at it in yet another process
         ModelRegistry.register_model(name, getattr(import_module(f"vllm.model_executor.models.{module}"), kind))
     llama(WORK / "source-plain")
-    found: dict[str, str | None] = {}
-    for name, case in list(globals().items()):
-        if name.startswith("case_"):
-            torch.manual_seed(0)
-            torch.set_default_dtype(torch.float32)  # vLLM leaves its own where it fails
-            try:
-                case()
-                found[name] = None
-            except BaseException:
-                found[name] = traceback.format_exc()
-            RESULTS.write_text(json.dumps(found))
 
 
-if __name__ == "__main__":
-    main()
+CASES: dict[str, Callable[[], None]] = {
+    name.removeprefix("case_"): case for name, case in list(globals().items()) if name.startswith("case_")
+}
