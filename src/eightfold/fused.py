@@ -127,7 +127,7 @@ def _parts(layers: Sequence[Layer], sizes: Sequence[int], tp_max: int) -> list[P
             parts.append(_part(layer, size, spec.out_blocks, 1))
             continue
         blocks = _piece(spec.out_blocks, pieces) if pieces and spec.padded_out == spec.out_features else None
-        if not blocks:
+        if not pieces or not blocks:
             raise _does_not_fit(layer, "outputs", spec.out_features, size, tp_max)
         parts.append(_part(layer, size, blocks, pieces))
     return parts

@@ -13,6 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from eightfold.files import to_json, write_text
@@ -68,7 +69,7 @@ def random_config(shape: Mapping[str, Any], rate: Rate) -> dict[str, Any]:
     if rate.head is not None:
         content["tie_word_embeddings"] = False
     config = AutoConfig.for_model(**content)
-    model = skeleton(config, config.dtype)
+    model = skeleton(config, torch.bfloat16)
     head = model.get_output_embeddings()
     sizes = {
         name: (module.out_features, module.in_features)
@@ -108,7 +109,8 @@ def weight_bytes(content: Mapping[str, Any]) -> int:
     section = content.get("quantization_config")
     plain = {key: value for key, value in content.items() if key not in ("quantization_config", "auto_map")}
     config = AutoConfig.for_model(**plain)
-    model = skeleton(config, config.dtype)
+    own = config.dtype
+    model = skeleton(config, own if isinstance(own, torch.dtype) else torch.float32)
     quant = None if section is None else QuantConfig.from_dict(section)
     names = set() if quant is None else set(quant.layers)
     total = sum(
