@@ -46,8 +46,8 @@ class Quiet:
 
 
 def cut(plan: Plan, cuts: int) -> Plan:
-    """The plan with the rotation blocks that a cut among so many devices leaves, whether kernels and heads of this model
-    allow it or not: blocks down to 8, key heads cut into as many parts as there are."""
+    """The plan with the rotation blocks that a cut among so many devices leaves, whether kernels and heads allow it or
+    not: blocks down to 8, key heads cut into as many parts as there are."""
     config = plan.folder.config
 
     def blocks(size: int, pieces: int) -> tuple[int, ...]:

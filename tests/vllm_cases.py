@@ -23,9 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 from vllm.config import set_current_vllm_config
+from vllm.config.lora import LoRAConfig
 from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import EngineArgs
+from vllm.lora.layers import LoRAMapping, MergedColumnParallelLinearWithLoRA
 from vllm.lora.layers.utils import _get_lora_device
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
@@ -407,6 +410,29 @@ def case_what_is_not_listed_is_not_quantized() -> None:
         head = ParallelLMHead(64, 192, quant_config=config, prefix="x.down_proj")
         with pytest.raises(CheckpointError, match="cannot be tied"):
             head.tie_weights(VocabParallelEmbedding(64, 192))
+
+
+def case_lora_on_top() -> None:
+    """vLLM's own LoRA layer over a quantized one."""
+    config, packed = small(gate_proj=spec(64, 192), up_proj=spec(64, 192))
+    packed["x.up_proj"].scale_in = packed["x.gate_proj"].scale_in
+    with engine(WORK / "source-plain"):
+        layer = MergedColumnParallelLinear(
+            192, [64, 64], bias=False, quant_config=config, prefix="x.gate_up_proj", params_dtype=torch.float32
+        )
+        for number, weight in enumerate(packed.values()):
+            fill(layer, weight, number)
+        layer.quant_method.process_weights_after_loading(layer)
+        adapted = MergedColumnParallelLinearWithLoRA(layer)
+        adapted.create_lora_weights(1, LoRAConfig(max_lora_rank=8, max_loras=1, lora_dtype=torch.float32))
+        a, b = [torch.randn(8, 192) for _ in range(2)], [torch.randn(64, 8) / 8 for _ in range(2)]
+        adapted.set_lora(0, a, b)
+        punica = PunicaWrapperCPU(8, 4, "cpu")
+        punica.update_metadata(LoRAMapping((7,) * 4, (7,) * 4), [7], 1, 1000)
+        adapted.set_mapping(punica)
+        x = torch.randn(4, 192)
+        expected = dense(packed, x, *packed) + torch.cat([x @ a[i].T @ b[i].T for i in range(2)], -1)
+        near(adapted(x)[0], expected)
 
 
 def case_experts_are_refused() -> None:
