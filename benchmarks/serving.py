@@ -3,7 +3,7 @@
     python benchmarks/serving.py greedy MODEL...         greedy tokens of vLLM, graphs on, and of transformers
     python benchmarks/serving.py perplexity MODEL...     both, on the bundled evaluation text
     python benchmarks/serving.py swapped A B             A, then B in A's folder, vLLM's compile cache on
-    python benchmarks/serving.py parallel MODEL          logits at tensor-parallel size 2 against 1, and the speed
+    python benchmarks/serving.py parallel [2]            log-probabilities at a tensor-parallel size against those at 1
 
 Results go to benchmarks/results/serving.jsonl. Speed: `eightfold bench serve`.
 """
@@ -15,7 +15,9 @@ import gc
 import json
 import logging
 import math
+import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,9 +26,12 @@ from typing import Any
 
 import torch
 from results import append
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from eightfold.calibration import windows
+from eightfold.format import QuantConfig
+from eightfold.shapes import Rate, random_config, write_config
+from eightfold.skeleton import skeleton
 
 PROMPTS, PROMPT, NEW = 8, 32, 64
 
@@ -198,14 +203,94 @@ def swapped(first: str, second: str) -> dict[str, Any]:
     return {"case": "swapped", "prompts": len(prompts), "differ_from_first": moved, "as_second": same, "starts": starts}
 
 
+SMALL = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "rms_norm_eps": 1e-5}
+SMALL |= {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16}
+SMALL |= {"num_key_value_heads": 8, "head_dim": 64, "vocab_size": 8192, "tie_word_embeddings": False}
+SMALL |= {"max_position_embeddings": 2048}
+
+
+def write_small(folder: Path) -> Path:
+    """A small model of random codes, 3 bits with a head of 4, that up to eight devices can share."""
+    from safetensors.torch import save_file
+
+    content = random_config(SMALL, Rate(3, 4))
+    quant = QuantConfig.from_dict(content["quantization_config"])
+    random = torch.Generator().manual_seed(0)
+    scales: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, spec in quant.layers.items():
+        rows, end = f"{name}.", name.rpartition(".")[2]
+        group = name.rpartition(".")[0] + ("" if end in ("o_proj", "down_proj") else "+") + str(spec.in_features)
+        for key, (dtype, shape) in quant.tensors(name).items():
+            if key.startswith(rows + "qweight"):
+                tensors[key] = torch.randint(-128, 128, (*shape[:-1], shape[-1] * dtype.itemsize), generator=random)
+                tensors[key] = tensors[key].to(torch.int8).view(dtype)
+                continue
+            signs = (torch.randint(2, shape, generator=random) * 2 - 1).to(dtype)
+            own = scales.setdefault(group, signs) if key.endswith("scale_in") else signs * spec.in_features**-0.5
+            tensors[key] = own.clone()
+    model = skeleton(AutoConfig.for_model(**SMALL), torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[0] not in quant.layers:
+            ones = torch.ones(parameter.shape, dtype=torch.bfloat16)
+            tensors[name] = ones if parameter.ndim == 1 else torch.randn(parameter.shape, generator=random).bfloat16()
+    write_config(content, folder)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def log_probabilities(model: str, devices: int) -> list[float]:
+    """Of every token of some random prompts, by vLLM."""
+    from vllm import LLM, SamplingParams
+
+    rows = torch.randint(8192, (8, 64), generator=torch.Generator().manual_seed(1)).tolist()
+    graphs = {"cudagraph_capture_sizes": [1, 8]}
+    llm = LLM(
+        model, skip_tokenizer_init=True, tensor_parallel_size=devices, max_model_len=256, max_num_seqs=8,
+        gpu_memory_utilization=0.3, disable_custom_all_reduce=devices > 1, compilation_config=graphs,
+    )  # fmt: skip
+    params = SamplingParams(
+        temperature=0, max_tokens=8, ignore_eos=True, prompt_logprobs=0, logprobs=0, detokenize=False
+    )
+    outputs = llm.generate([{"prompt_token_ids": row} for row in rows], params, use_tqdm=False)
+    found = []
+    for row, output in zip(rows, outputs, strict=True):
+        found += [each[token].logprob for token, each in zip(row[1:], output.prompt_logprobs[1:], strict=True)]
+        first = output.outputs[0]
+        found.append(first.logprobs[0][first.token_ids[0]].logprob)
+    return found
+
+
+def parallel(devices: int) -> dict[str, Any]:
+    """Log-probabilities of a small model at a tensor-parallel size against those at 1, each in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_small(Path(folder) / "model")
+        found = []
+        for size in (1, devices):
+            out = Path(folder) / f"{size}.json"
+            command = [sys.executable, __file__, "log-probabilities", str(model), str(size), str(out)]
+            subprocess.run(command, check=True, env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
+            found.append(torch.tensor(json.loads(out.read_text(encoding="utf-8"))))
+    apart = (found[0] - found[1]).abs()
+    spread = float(found[0].std())
+    return {"case": "parallel", "devices": devices, "tokens": len(apart), "mean_apart": float(apart.mean()),
+            "most_apart": float(apart.max()), "spread": spread}  # fmt: skip
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["log-probabilities"]:
+        model, size, out = sys.argv[2:5]
+        Path(out).write_text(json.dumps(log_probabilities(model, int(size))), encoding="utf-8")
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("case", choices=("greedy", "perplexity", "swapped"))
-    parser.add_argument("models", nargs="+")
+    parser.add_argument("case", choices=("greedy", "perplexity", "swapped", "parallel"))
+    parser.add_argument("models", nargs="*")
     options = parser.parse_args()
     rows = []
     if options.case == "swapped":
         rows.append(swapped(*options.models))
+    elif options.case == "parallel":
+        rows.append(parallel(int(*options.models or [2])))
     else:
         for model in options.models:
             rows.append({"greedy": greedy, "perplexity": perplexity}[options.case](model))
