@@ -1,11 +1,11 @@
 """Serving in vLLM against transformers on one GPU: the same tokens, the same perplexity, the next checkpoint's values.
 
-    python benchmarks/serving.py greedy MODEL...         greedy tokens of vLLM, graphs on, and of transformers
-    python benchmarks/serving.py perplexity MODEL...     both, on the bundled evaluation text
-    python benchmarks/serving.py swapped A B             A, then B in A's folder, vLLM's compile cache on
-    python benchmarks/serving.py parallel [2]            log-probabilities at a tensor-parallel size against those at 1
+    python benchmarks/serving.py check=MODEL ...      greedy tokens, graphs on, and perplexity, by vLLM and transformers
+    python benchmarks/serving.py swapped=MODEL        MODEL, then other weights in its folder, vLLM's compile cache on
+    python benchmarks/serving.py parallel=2           log-probabilities at a tensor-parallel size against those at 1
 
-Results go to benchmarks/results/serving.jsonl. Speed: `eightfold bench serve`.
+Several may follow each other. For all but parallel set VLLM_ENABLE_V1_MULTIPROCESSING=0. Results go to
+benchmarks/results/serving.jsonl. Speed: `eightfold bench serve`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from results import append
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from eightfold.calibration import windows
@@ -33,7 +35,9 @@ from eightfold.format import QuantConfig
 from eightfold.shapes import Rate, random_config, write_config
 from eightfold.skeleton import skeleton
 
-PROMPTS, PROMPT, NEW = 8, 32, 64
+PROMPTS, PROMPT, NEW = 8, 32, 64  # prompts, their tokens, new ones
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SEQLEN, WINDOWS = 256, 32  # of the text for perplexity
 
 
 class Heard(logging.Handler):
@@ -113,94 +117,96 @@ def _graphs(worker: Any) -> dict[str, int]:
     return {f"meant {mode}": count for mode, count in meant.items()} | {"captured FULL": len(manager.graphs)}
 
 
-def greedy(model: str) -> dict[str, Any]:
-    """Tokens of both; where they part, how far the two best logits of transformers are apart there."""
+def check(model: str) -> dict[str, Any]:
+    """Tokens and perplexity of both; where tokens part, how far the two best logits of transformers are apart there."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     prompts = windows(None, tokenizer, PROMPT, limit=PROMPTS).tolist()
+    rows = windows(None, tokenizer, SEQLEN, limit=WINDOWS)
     served = Served(model)
     ours = served.tokens(prompts, NEW)
+    total, count = served.log_likelihood(rows.tolist())
     facts = served.facts()
     served.close()
-    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, device_map="cuda")
-    same, parted = 0, []
-    for prompt, found in zip(prompts, ours, strict=True):
-        ids = torch.tensor([prompt], device="cuda")
-        with torch.no_grad():
-            theirs = reference.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW
-            )[0, len(prompt) :].tolist()
-        if theirs == found:
-            same += 1
-            continue
-        at = next(i for i, (a, b) in enumerate(zip(theirs, found, strict=True)) if a != b)
-        with torch.no_grad():
-            logits = reference(torch.tensor([prompt + found[:at]], device="cuda")).logits[0, -1].float()
-        top = logits.topk(2).values.tolist()
-        step = 2.0 ** (math.floor(math.log2(max(abs(top[0]), 1e-9))) - 7)
-        between = abs(float(logits[theirs[at]] - logits[found[at]]))
-        parted.append({"at": at, "top": top, "bf16_steps": (top[0] - top[1]) / step, "between": between / step})
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, device_map=DEVICE)
+    theirs = [generate(reference, prompt) for prompt in prompts]
+    pairs = list(zip(prompts, theirs, ours, strict=True))
+    parted = [part(reference, prompt, a, b) for prompt, a, b in pairs if a != b]
+    perplexity, expected = math.exp(-total / count), math.exp(-log_likelihood(reference, rows) / count)
     del reference
     torch.cuda.empty_cache()
-    return {
-        "case": "greedy",
-        "model": Path(model).name,
-        "prompts": len(prompts),
-        "same": same,
-        "parted": parted,
-    } | facts
+    result = {"case": "check", "model": Path(model).name, "prompts": len(prompts), "same": len(prompts) - len(parted)}
+    result |= {"parted": parted, "tokens": count, "perplexity": perplexity, "perplexity_transformers": expected}
+    return result | {"perplexity_ratio": perplexity / expected} | facts
 
 
-def perplexity(model: str, seqlen: int = 256, limit: int = 32) -> dict[str, Any]:
-    """Perplexity of the same windows through both."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    rows = windows(None, tokenizer, seqlen, limit=limit)
-    served = Served(model)
-    total, count = served.log_likelihood(rows.tolist())
-    served.close()
-    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, device_map="cuda")
-    theirs = 0.0
+def generate(model: Any, prompt: list[int]) -> list[int]:
+    """Greedy continuation by transformers."""
+    ids = torch.tensor([prompt], device=DEVICE)
     with torch.no_grad():
-        for row in rows.cuda():
-            scores = reference(row[None]).logits[0, :-1].float().log_softmax(-1)
-            theirs += float(scores.gather(1, row[1:, None]).sum())
-    del reference
-    torch.cuda.empty_cache()
-    a, b = math.exp(-total / count), math.exp(-theirs / count)
-    return {
-        "case": "perplexity",
-        "model": Path(model).name,
-        "tokens": count,
-        "vllm": a,
-        "transformers": b,
-        "ratio": a / b,
-    }
+        made = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW
+        )
+    return made[0, len(prompt) :].tolist()
 
 
-def swapped(first: str, second: str) -> dict[str, Any]:
-    """Serve `first`, put `second` in its folder, serve again from vLLM's compile cache: are the tokens the second's?"""
-    tokenizer = AutoTokenizer.from_pretrained(first)
-    prompts = windows(None, tokenizer, PROMPT, limit=PROMPTS).tolist()
+def part(model: Any, prompt: list[int], theirs: list[int], ours: list[int]) -> dict[str, Any]:
+    """Where two continuations part, and what the logits are there, in steps of bfloat16 of the largest."""
+    at = next(i for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b)
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + ours[:at]], device=DEVICE)).logits[0, -1].float()
+    top = logits.topk(2).values.tolist()
+    step = 2.0 ** (math.floor(math.log2(max(abs(top[0]), 1e-9))) - 7)
+    between = abs(float(logits[theirs[at]] - logits[ours[at]]))
+    return {"at": at, "top": top, "apart_in_steps": (top[0] - top[1]) / step, "chosen_apart_in_steps": between / step}
+
+
+def log_likelihood(model: Any, rows: torch.Tensor) -> float:
+    """As Served.log_likelihood, by transformers."""
+    total = 0.0
+    with torch.no_grad():
+        for row in rows.to(DEVICE):
+            scores = model(row[None]).logits[0, :-1].float().log_softmax(-1)
+            total += float(scores.gather(1, row[1:, None]).sum())
+    return total
+
+
+def swapped(model: str) -> dict[str, Any]:
+    """Serve `model`, put other weights under the same config.json in its folder, serve again from vLLM's compile cache:
+    are the tokens those that transformers makes of the other weights?"""
+    prompts = windows(None, AutoTokenizer.from_pretrained(model), PROMPT, limit=PROMPTS).tolist()
     found, starts = [], []
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "model"
-        for source in (first, second):
-            if place.exists():
-                shutil.rmtree(place)
-            shutil.copytree(source, place)
+        shutil.copytree(model, place)
+        for turn in range(2):
+            if turn:
+                change(place / "model.safetensors")
             served = Served(str(place))
             found.append(served.tokens(prompts, NEW))
             starts.append(round(served.seconds, 1))
             served.close()
-    reference = AutoModelForCausalLM.from_pretrained(second, dtype=torch.bfloat16, device_map="cuda")
-    expected = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt], device="cuda")
-        with torch.no_grad():
-            made = reference.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW)
-        expected.append(made[0, len(prompt) :].tolist())
-    same = sum(a[: len(b)] == b for a, b in zip(found[1], expected, strict=True))
+        reference = AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16, device_map=DEVICE)
+        expected = [generate(reference, prompt) for prompt in prompts]
+        pairs = list(zip(prompts, expected, found[1], strict=True))
+        parted = [part(reference, prompt, a, b) for prompt, a, b in pairs if a != b]
     moved = sum(a != b for a, b in zip(*found, strict=True))
-    return {"case": "swapped", "prompts": len(prompts), "differ_from_first": moved, "as_second": same, "starts": starts}
+    same = len(prompts) - len(parted)
+    result = {"case": "swapped", "prompts": len(prompts), "differ_from_the_first": moved, "as_transformers": same}
+    return result | {
+        "parted": parted,
+        "start_seconds": starts,
+        "cache": os.environ.get("VLLM_DISABLE_COMPILE_CACHE") != "1",
+    }
+
+
+def change(file: Path) -> None:
+    """Other scales in a checkpoint, everything else as it is."""
+    tensors = load_file(file)
+    random = torch.Generator().manual_seed(0)
+    for name, tensor in tensors.items():
+        if name.endswith("scale_out"):
+            tensors[name] = (tensor.float() * (1 + 0.2 * torch.randn(tensor.shape, generator=random))).to(tensor.dtype)
+    save_file(tensors, file, {"format": "pt"})
 
 
 SMALL = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "rms_norm_eps": 1e-5}
@@ -211,8 +217,6 @@ SMALL |= {"max_position_embeddings": 2048}
 
 def write_small(folder: Path) -> Path:
     """A small model of random codes, 3 bits with a head of 4, that up to eight devices can share."""
-    from safetensors.torch import save_file
-
     content = random_config(SMALL, Rate(3, 4))
     quant = QuantConfig.from_dict(content["quantization_config"])
     random = torch.Generator().manual_seed(0)
@@ -283,20 +287,13 @@ def main() -> None:
         Path(out).write_text(json.dumps(log_probabilities(model, int(size))), encoding="utf-8")
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("case", choices=("greedy", "perplexity", "swapped", "parallel"))
-    parser.add_argument("models", nargs="*")
-    options = parser.parse_args()
-    rows = []
-    if options.case == "swapped":
-        rows.append(swapped(*options.models))
-    elif options.case == "parallel":
-        rows.append(parallel(int(*options.models or [2])))
-    else:
-        for model in options.models:
-            rows.append({"greedy": greedy, "perplexity": perplexity}[options.case](model))
-            print(json.dumps(rows[-1]), flush=True)
-    path = append("serving", rows, case=options.case, models=[Path(model).name for model in options.models])
-    print(json.dumps(rows[-1]), path, file=sys.stderr)
+    parser.add_argument("cases", nargs="+", metavar="CASE=WHAT")
+    cases = {"check": check, "swapped": swapped, "parallel": lambda size: parallel(int(size))}
+    for case in parser.parse_args().cases:
+        name, _, what = case.partition("=")
+        row = cases[name](what)
+        print(json.dumps(row), flush=True)
+        append("serving", [row], case=name, model=Path(what).name, vllm=metadata.version("vllm"))
 
 
 if __name__ == "__main__":
