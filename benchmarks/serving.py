@@ -140,13 +140,14 @@ def check(model: str) -> dict[str, Any]:
 
 
 def generate(model: Any, prompt: list[int]) -> list[int]:
-    """Greedy continuation by transformers."""
-    ids = torch.tensor([prompt], device=DEVICE)
+    """Greedy continuation by transformers; end-of-text is a token like any other, which its `generate` cannot do."""
+    ids, cache, made = torch.tensor([prompt], device=DEVICE), None, []
     with torch.no_grad():
-        made = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW
-        )
-    return made[0, len(prompt) :].tolist()
+        for _ in range(NEW):
+            found = model(ids, past_key_values=cache, use_cache=True)
+            cache, ids = found.past_key_values, found.logits[:, -1:].argmax(-1)
+            made.append(int(ids))
+    return made
 
 
 def part(model: Any, prompt: list[int], theirs: list[int], ours: list[int]) -> dict[str, Any]:

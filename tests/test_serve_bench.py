@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from eightfold import cli
 from eightfold.format import QuantConfig
-from eightfold.serve_bench import Load, Speed, models, step_seconds
+from eightfold.serve_bench import Load, Speed, Steps, _events, models
 from eightfold.serve_report import Comparison, cells, columns, notes, write_comparison
 from eightfold.shapes import SHAPES, Rate, plain_config, random_config, weight_bytes
 
@@ -34,18 +35,32 @@ def steps(count: int) -> list[dict]:
 
 
 def test_gpu_time_of_a_step():
-    assert step_seconds(steps(5)) == pytest.approx(60e-6)  # 55 of the graph, 4 and 1 after it
+    found = Steps(steps(5))
+    assert found.busy == pytest.approx(60e-6)  # 55 of the graph, 4 and 1 after it
+    assert dict(found.kernels(1)) == pytest.approx({"k": 65e-6})  # overlaps counted twice
 
 
 def test_graphs_of_pieces_are_no_steps():
     prompt = [e for i in range(8) for e in (launch(500 + i, 10.0 * i), kernel(500 + i, 10.0 * i + 1, 5))]
-    assert step_seconds([*prompt, *steps(4)]) == pytest.approx(60e-6)
+    assert Steps([*prompt, *steps(4)]).busy == pytest.approx(60e-6)
 
 
 def test_steps_that_are_no_graphs():
     eager = [event for event in steps(5) if event["cat"] != "cuda_runtime"]
     with pytest.raises(ValueError, match="expected decode steps that run as CUDA graphs, the trace has 0"):
-        step_seconds(eager)
+        Steps(eager)
+
+
+def test_the_trace_is_the_new_one(tmp_path):
+    """vLLM goes on with the first profile's name."""
+    for name in ("1.pt.trace.json.gz", "2.pt.trace.json.gz"):
+        with gzip.open(tmp_path / name, "wt", encoding="utf-8") as file:
+            json.dump({"traceEvents": [{"name": name}]}, file)
+    (tmp_path / "profiler_out_0.txt").touch()
+    new = {tmp_path / "2.pt.trace.json.gz", tmp_path / "profiler_out_0.txt"}
+    assert _events(new) == [{"name": "2.pt.trace.json.gz"}]
+    with pytest.raises(ValueError, match="expected a trace of vLLM's profiler"):
+        _events(set())
 
 
 def test_shapes():

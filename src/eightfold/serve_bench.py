@@ -27,6 +27,7 @@ from eightfold.shapes import SHAPES, Rate, plain_config, random_config, weight_b
 PROMPT = 16  # tokens before those that are timed
 FIRST_TOKENS = 5  # times that a long prompt is sent
 STEPS = 24  # decode steps in a trace
+KERNELS = 12  # that are told by name
 _SPARE = 64  # tokens of context beyond the longest request
 
 
@@ -55,7 +56,8 @@ class Model:
 @dataclass(slots=True)
 class Speed:
     """What was measured of a model, by number of sequences: `tokens_per_second` of all together, wall clock, prompts
-    of PROMPT tokens included; `step_ms`: GPU time of a decode step. `first_token_ms`: one request of a long prompt."""
+    of PROMPT tokens included; `step_ms`: GPU time of a decode step, `kernel_ms`: of that, what the kernels that take
+    longest take together, by name. `first_token_ms`: one request of a long prompt."""
 
     name: str
     random: bool
@@ -64,6 +66,7 @@ class Speed:
     first_token_ms: float = 0.0
     tokens_per_second: dict[int, float] = field(default_factory=dict)
     step_ms: dict[int, float] = field(default_factory=dict)
+    kernel_ms: dict[int, dict[str, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -137,14 +140,14 @@ def measure(model: Model, load: Load, note: Callable[[str], None]) -> Speed:
 
 
 def copy_speed() -> float:
-    """Bytes a second, read and written, of copying 2 GiB within the first GPU's memory."""
-    source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda").random_()
+    """Bytes a second, read and written, of passing 2 GiB through the first GPU."""
+    source = torch.randn(1 << 29, device="cuda")
     target = torch.empty_like(source)
     best = float("inf")
     for _ in range(12):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        torch.bitwise_not(source, out=target)  # faster than copy_
+        torch.neg(source, out=target)  # reaches 4.2 TB/s on an H200, where copy_ and operations on bytes do not
         end.record()
         end.synchronize()
         best = min(best, start.elapsed_time(end) / 1e3)
@@ -169,8 +172,9 @@ class _Requests:
             raise ValueError(f"expected {new} new tokens of every request, vLLM made {made}")
         return seconds
 
-    def profile(self, name: str, count: int, new: int) -> None:
-        self._server.start_profile(name)
+    def profile(self, count: int, new: int) -> None:
+        """Send them under the profiler."""
+        self._server.start_profile()
         self.send(count, PROMPT, new)
         self._server.stop_profile()
 
@@ -182,48 +186,68 @@ def _time(requests: _Requests, load: Load, speed: Speed, traces: Path) -> None:
         requests.send(count, PROMPT, 8)
         speed.tokens_per_second[count] = count * load.tokens / requests.send(count, PROMPT, load.tokens)
     for count in load.sequences:
-        name = f"sequences{count}"
-        requests.profile(name, count, STEPS)
-        speed.step_ms[count] = step_seconds(_trace(traces, name)) * 1e3
+        before = set(traces.iterdir())
+        requests.profile(count, STEPS)
+        steps = Steps(_events(set(traces.iterdir()) - before))
+        speed.step_ms[count] = steps.busy * 1e3
+        speed.kernel_ms[count] = {name: seconds * 1e3 for name, seconds in steps.kernels(KERNELS)}
 
 
-def _trace(folder: Path, name: str) -> list[dict[str, Any]]:
-    """Events of the first device's trace."""
-    found = sorted(file for file in folder.iterdir() if file.name.startswith(name) and ".json" in file.name)
+def _events(new: set[Path]) -> list[dict[str, Any]]:
+    """Events of the first device's trace among the files that a profile left: vLLM gives all the first one's name."""
+    found = sorted(file for file in new if ".json" in file.name)
     if not found:
-        raise ValueError(
-            f"expected a trace of vLLM's profiler called {name}, there is none: {sorted(folder.iterdir())}"
-        )
+        raise ValueError(f"expected a trace of vLLM's profiler, it left {sorted(file.name for file in new)}")
     opened = gzip.open if found[0].suffix == ".gz" else open
     with opened(found[0], "rt", encoding="utf-8") as file:
         return json.load(file)["traceEvents"]
 
 
-def step_seconds(events: Sequence[dict[str, Any]]) -> float:
-    """Median GPU time of a decode step in a trace of several: what keeps the GPU busy from the first kernel of one
-    whole-model graph to that of the next. Raises ValueError where fewer than three such graphs ran."""
-    work = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    work.sort(key=lambda event: event["ts"])
-    launches = {
-        e["args"]["correlation"]
-        for e in events
-        if e.get("cat") == "cuda_runtime" and "GraphLaunch" in e.get("name", "")
-    }
+class Steps:
+    """The decode steps in a trace of several: each from the first kernel of a whole-model graph to that of the next.
+
+    `busy`: median of the seconds of a step in which the GPU was busy. Raises ValueError where fewer than three such
+    graphs ran."""
+
+    def __init__(self, events: Sequence[dict[str, Any]]) -> None:
+        work = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+        work.sort(key=lambda event: event["ts"])
+        starts = _starts(work, _graph_launches(events))
+        if len(starts) < 3:
+            raise ValueError(f"expected decode steps that run as CUDA graphs, the trace has {len(starts)} of them")
+        self._work = [event for event in work if starts[0] <= event["ts"] < starts[-1]]
+        self._count = len(starts) - 1
+        self.busy = median(_busy(self._work, begin, end) for begin, end in pairwise(starts)) / 1e6
+
+    def kernels(self, most: int) -> list[tuple[str, float]]:
+        """The names that take longest, and the seconds of a step that all kernels of the name take together."""
+        total: dict[str, float] = {}
+        for event in self._work:
+            name = event["name"].partition("<")[0].partition("(")[0]
+            total[name] = total.get(name, 0.0) + event["dur"] / 1e6 / self._count
+        return sorted(total.items(), key=lambda item: -item[1])[:most]
+
+
+def _graph_launches(events: Sequence[dict[str, Any]]) -> set[int]:
+    calls = (e for e in events if e.get("cat") == "cuda_runtime" and "GraphLaunch" in e.get("name", ""))
+    return {event["args"]["correlation"] for event in calls}
+
+
+def _starts(work: Sequence[dict[str, Any]], launches: set[int]) -> list[float]:
+    """When each graph of the whole model began: those of pieces, which prompts run in, are much smaller."""
     sizes: dict[int, int] = {}
     for event in work:
         launch = event["args"].get("correlation")
         if launch in launches:
             sizes[launch] = sizes.get(launch, 0) + 1
-    # Graphs of pieces of the model, which prompts run in, are much smaller.
     whole = {launch for launch, size in sizes.items() if 2 * size > max(sizes.values())}
     starts: list[float] = []
     for event in work:
-        if event["args"].get("correlation") in whole:
-            whole.discard(event["args"]["correlation"])
+        launch = event["args"].get("correlation")
+        if launch in whole:
+            whole.discard(launch)
             starts.append(event["ts"])
-    if len(starts) < 3:
-        raise ValueError(f"expected decode steps that run as CUDA graphs, the trace has {len(starts)} of them")
-    return median(_busy(work, begin, end) for begin, end in pairwise(starts)) / 1e6
+    return starts
 
 
 def _busy(work: Sequence[dict[str, Any]], begin: float, end: float) -> float:
