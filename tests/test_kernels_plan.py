@@ -292,7 +292,7 @@ def test_block_count():
     assert block_count((1, 7)) == 1
     most = flat((32, 16) * 48)
     assert block_count(most) <= host._Counters.EACH
-    assert host._Counters.EACH >= planning.MAX_FEATURES // UNIT + MAX_RUNS
+    assert host._Counters.EACH >= planning.MAX_ROWS // UNIT + MAX_RUNS
 
 
 @pytest.mark.parametrize("stages", [Stages(0, 1), Stages(5, 0), Stages(2, 2)])
@@ -304,8 +304,8 @@ def test_recipes_that_no_kernel_takes(stages):
 def test_layouts_that_no_kernel_takes():
     stages = Stages(1, 0)
     check(stages, 65536, (64, 1024), (16, 4096))
-    for rows, blocks in ((65552, (64, 1)), (16, (64, 1025))):
-        with pytest.raises(UnsupportedLayoutError, match="at most 65536 features"):
+    for rows, blocks in ((planning.MAX_ROWS + 16, (64, 1)), (16, (64, 1025))):
+        with pytest.raises(UnsupportedLayoutError, match="at most 524288 × 65536 weights"):
             check(stages, rows, blocks, (16, 1))
     many = flat((128, 64) * 49)
     for sides in ((many, (16, 1)), ((64, 1), many)):

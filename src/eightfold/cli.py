@@ -70,7 +70,7 @@ def _run_one(options: Namespace) -> tuple[int, dict[str, Any]]:
 def _run_here(options: Namespace, terminal: Terminal) -> tuple[int, dict[str, Any]]:
     import torch
 
-    from eightfold import commands, publishing
+    from eightfold import bench, commands, publishing
     from eightfold.console import quiet_libraries
 
     command = {
@@ -84,6 +84,7 @@ def _run_here(options: Namespace, terminal: Terminal) -> tuple[int, dict[str, An
         "batch": publishing.run_batch,
         "card": publishing.run_card,
         "push": publishing.run_push,
+        "bench": bench.run_bench,
     }[options.command]
     try:
         with quiet_libraries() if options.command != "inspect" else nullcontext():

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache
 
-from eightfold.cuda.plan import MAX_FEATURES, TILE, Stages, UnsupportedLayoutError, table_bytes
+from eightfold.cuda.plan import MAX_ROWS, TILE, Stages, UnsupportedLayoutError, table_bytes
 
 GEMM_TOKENS = (32, 64, 128)  # of a tile of gemm
 GEMM_COLUMNS = 64  # of one of its steps
@@ -74,7 +74,7 @@ class Gemm:
 
 
 @cache
-def gemm_variant(stages: Stages, tokens: int, shared: int, rows: int = MAX_FEATURES) -> Gemm:
+def gemm_variant(stages: Stages, tokens: int, shared: int, rows: int = MAX_ROWS) -> Gemm:
     """The gemm for so many tokens and rows where a CTA can have `shared` bytes: as many warps as find their registers
     without spilling, fewer for few rows, whose tiles fewer CTAs then share; tables for every lane if that leaves room
     for three steps."""

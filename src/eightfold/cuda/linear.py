@@ -27,7 +27,7 @@ from eightfold.cuda.gemm import takes as product_takes
 from eightfold.cuda.plan import (
     ALONE_TOKENS,
     MATVEC_TOKENS,
-    MAX_FEATURES,
+    MAX_ROWS,
     MAX_RUNS,
     UNIT,
     Plan,
@@ -201,7 +201,7 @@ class _Counters:
     them. Launches that may run at the same time must not share any: each stream has its own, and each captured launch,
     since graphs may be replayed beside each other."""
 
-    EACH = MAX_FEATURES // UNIT + 2 * MAX_RUNS  # most blocks of an output
+    EACH = MAX_ROWS // UNIT + 2 * MAX_RUNS  # most blocks of an output
     RESERVE = 1 << 20  # for captured launches: some ten thousand
 
     def __init__(self, device: int) -> None:
