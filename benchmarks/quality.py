@@ -4,7 +4,8 @@
 
 quantizes MODEL at every rate with the default layout, and at 2 bits with every layout (with the rate without padding
 that stores as much as the padded one), evaluates each on all of the text, prints the table and appends the rows to
-benchmarks/results/quality.jsonl. `--set name=value` changes a setting of quantize.Settings for an experiment.
+benchmarks/results/quality.jsonl. `--cuts 2 4 8` adds the rotation blocks that tensor parallelism of these sizes would
+leave. `--set name=value` changes a setting of quantize.Settings for an experiment.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from rich.console import Console
 from rich.table import Table
 
 from eightfold.folder import ModelFolder
-from eightfold.format import stored_bits
+from eightfold.format import LayerSpec, stored_bits
 from eightfold.pipeline import quantize_model
-from eightfold.preflight import DEFAULT_LAYOUT, Request, make_plan
+from eightfold.preflight import DEFAULT_LAYOUT, Plan, Request, make_plan
 from eightfold.quantize import Settings
+from eightfold.tensor_parallel import cut_side
 
 LAYOUTS = ("pow2-sum-256", "pow2-sum", "equal-64", "equal-256", "pow2")
 # What the reference model must show: stored bits at most, ratio at most, the aim.
@@ -46,11 +48,32 @@ class Quiet:
     def layer(self, record: dict[str, Any]) -> None: ...
 
 
-def measure(request: Request) -> dict[str, Any]:
+def cut(plan: Plan, cuts: int) -> Plan:
+    """The plan with the rotation blocks that a cut among so many devices leaves, whether kernels and heads allow it or
+    not: blocks down to 8, key heads cut into as many parts as there are."""
+    config = plan.folder.config
+
+    def blocks(size: int, pieces: int) -> tuple[int, ...]:
+        part, cap = size // pieces, 256
+        rest = tuple(1 << k for k in reversed(range(8)) if part % cap >> k & 1)
+        return ((cap,) * (part // cap) + rest) * pieces
+
+    def spec(name: str, own: LayerSpec) -> LayerSpec:
+        if cut_side(config, name) == "in":
+            return replace(own, in_blocks=blocks(own.in_features, cuts))
+        pieces = min(cuts, config.num_key_value_heads) if name.endswith(("k_proj", "v_proj")) else cuts
+        return replace(own, out_blocks=blocks(own.out_features, pieces))
+
+    layers = {name: spec(name, own) for name, own in plan.config.layers.items()}
+    return replace(plan, config=replace(plan.config, layers=layers))
+
+
+def measure(request: Request, cuts: int = 1) -> dict[str, Any]:
     """Quantize and evaluate as `request` says, in a folder that is thrown away."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         plan = make_plan(replace(request, out=str(Path(folder) / "out")))
+        plan = plan if cuts == 1 else cut(plan, cuts)
         outcome = quantize_model(plan, Quiet())
         config = ModelFolder(outcome.path).quantization
     assert config is not None
@@ -61,6 +84,7 @@ def measure(request: Request) -> dict[str, Any]:
         "layout": request.layout,
         "codebook": request.settings.codebook,
         "tp_max": plan.config.tp_max,
+        "cuts": cuts,
         "stored_bits": stored_bits(config.layers.values(), config.scale_dtype),
         "rates": {bits: sum(spec.bits == bits for spec in config.layers.values()) for bits in config.recipes},
         **outcome.verdict.evaluation.to_dict(),
@@ -94,12 +118,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seqlen", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=100_000)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="float32")
 
 
 def base_request(args: argparse.Namespace, settings: Settings) -> Request:
-    """The request that the options say, in float32, without a gate; 2 bits."""
+    """The request that the options say, without a gate; 2 bits."""
     return Request(
-        args.model, "", 2, args.calibration, args.samples, args.seqlen, args.device, "float32", tp_max=1,
+        args.model, "", 2, args.calibration, args.samples, args.seqlen, args.device, args.dtype, tp_max=1,
         eval_text=args.text, eval_windows=args.windows, max_ratio=100.0, settings=settings,
     )  # fmt: skip
 
@@ -110,6 +135,7 @@ def main() -> None:
     add_options(parser)
     parser.add_argument("--layouts", nargs="*", default=list(LAYOUTS), help="compared at --layout-bits")
     parser.add_argument("--layout-bits", type=int, nargs="*", default=[2])
+    parser.add_argument("--cuts", type=int, nargs="*", default=[], help="as tp_max would cut, whatever the heads say")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE")
     args = parser.parse_args()
 
@@ -124,13 +150,12 @@ def main() -> None:
     ]
     if "pow2" in args.layouts:
         jobs.append(replace(base, bits=5))  # about what the padded power of two stores at 2 bits on reference-lm
+    pairs = [(job, 1) for job in jobs] + [(replace(base, bits=bits), cuts) for bits in args.bits for cuts in args.cuts]
     rows = []
-    for job in jobs:
-        rows.append(measure(job))
-        print(
-            {key: rows[-1][key] for key in ("bits", "layout", "stored_bits", "ratio", "ratio_se", "seconds")},
-            flush=True,
-        )
+    for job, cuts in pairs:
+        rows.append(measure(job, cuts))
+        said = ("bits", "layout", "cuts", "stored_bits", "ratio", "ratio_se", "kl", "seconds")
+        print({key: rows[-1][key] for key in said}, flush=True)
     print_table(rows)
     settings = asdict(base.settings)
     append(
@@ -139,6 +164,7 @@ def main() -> None:
         samples=args.samples,
         seqlen=args.seqlen,
         windows=rows[0]["windows"],
+        dtype=args.dtype,
         tf32=torch.backends.cuda.matmul.allow_tf32,
         **settings,
     )

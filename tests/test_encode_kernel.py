@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from collections.abc import Callable
 
 import pytest
 import torch
 from cuda_tables import COORDINATE, KERNELS, decode_tables, encode_tables
+from emulate import build
 from torch import Tensor
 
 from eightfold.cuda.compiler import read_source
@@ -17,24 +16,6 @@ from eightfold.e8p import Codebook, codebook
 
 E8P, E81B = codebook("e8p"), codebook("e81b")
 
-# What CUDA gives a kernel, for one thread after the other. The device's compiler knows these names by itself.
-_BEFORE = """
-#include <cmath>
-#define __global__
-#define __device__
-#define __forceinline__ inline
-#define __grid_constant__
-#define __launch_bounds__(threads)
-struct float4 { float x, y, z, w; };
-struct Index { unsigned x; };
-static Index blockIdx, threadIdx, blockDim, gridDim;
-static int __popc(unsigned v) { return __builtin_popcount(v); }
-static unsigned __brev(unsigned v) {
-    unsigned r = 0;
-    for (int k = 0; k < 32; ++k) r |= (v >> k & 1) << (31 - k);
-    return r;
-}
-"""
 _AFTER = """
 #define RUN(kernel)                                                                                     \
     extern "C" void run_##kernel(const void* x, void* codes, long long n, unsigned grid, unsigned block) { \
@@ -52,15 +33,7 @@ Run = Callable[[str, Tensor], Tensor]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """run(kernel, x): the codes that it writes, by the host's processor."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++ to compile the device code with")
-    folder = tmp_path_factory.mktemp("encode")
-    (folder / "encode.cpp").write_text(_BEFORE + read_source("encode.cu") + _AFTER)
-    # Without contraction, as the device code says that contraction does not matter.
-    options = ["-std=c++17", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-w"]
-    subprocess.run([compiler, *options, "-o", folder / "encode.so", folder / "encode.cpp"], check=True)
-    library = ctypes.CDLL(str(folder / "encode.so"))
+    library = build("encode.cu", _AFTER, tmp_path_factory.mktemp("encode"))
 
     def run(kernel: str, x: Tensor) -> Tensor:
         n = len(x)

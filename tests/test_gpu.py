@@ -12,9 +12,12 @@ from small import Silent, files_of, small_request
 
 from eightfold.e8p import codebook
 from eightfold.format import LayerSpec
+from eightfold.moments import GroupStatistics
 from eightfold.pipeline import quantize_model
 from eightfold.preflight import make_plan
-from eightfold.quantize import GroupStatistics, Settings, dequantize, quantize_group
+from eightfold.quantize import Settings, begin_group, dequantize, quantize_group
+from eightfold.queued import Later
+from eightfold.team import Team
 
 pytestmark = pytest.mark.gpu
 
@@ -46,6 +49,28 @@ def test_quantizing_gives_the_losses_of_the_cpu(family: str) -> None:
         assert dequantize(found.packed).device.type == device
         losses[device] = found.proxy_loss
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.02)
+
+
+def test_a_group_is_queued_without_waiting() -> None:
+    x = torch.randn(2000, 200, device="cuda")
+    hessian, drift = x.T @ x / len(x), torch.randn(200, 200, device="cuda") / 100
+    weights = {name: torch.randn(rows, 200, device="cuda") * 0.02 for name, rows in (("a", 360), ("b", 100))}
+    specs = {"a": LayerSpec(360, 200, 3, (256, 64, 32, 16), (256,)), "b": LayerSpec(100, 200, 3, (64, 32, 16), (256,))}
+    sensitivity = {name: torch.rand(len(W)) for name, W in weights.items()}
+    statistics = GroupStatistics(hessian, drift, None, sensitivity)
+    quantize_group(weights, {}, specs, statistics, Settings())  # compiles, makes tables
+    later = Later(torch.device("cuda"))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        begun = begin_group(weights, {}, specs, statistics, Settings(), later, Team())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert begun.quantized == {}
+    later.settle()
+    for name, W in weights.items():
+        assert begun.quantized[name].sqnr_db > 10
+        assert torch.equal(begun.dense[name], dequantize(begun.packed[name]))
+        assert torch.equal(begun.dense[name].isfinite(), torch.ones_like(W, dtype=torch.bool))
 
 
 def test_the_same_command_gives_the_same_bytes(tmp_path: Path) -> None:

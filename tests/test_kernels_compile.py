@@ -37,21 +37,21 @@ def builds(arch: int) -> Iterator[tuple[str, dict[str, int]]]:
     """Every file of kernels with the macros that it is compiled with."""
     yield "rotate.cu", {}
     yield "encode.cu", {}
+    yield "ldlq.cu", {}
     yield from (("dequantize.cu", stages.defines) for stages in RECIPES)
     yield from (("shell.cu", stages.defines) for stages in SHELLS)
     for stages in RECIPES:
         for tokens, rows in product(GEMM_TOKENS, (FEW_ROWS, FEW_ROWS + 1)):
             if rows > FEW_ROWS or tokens < GEMM_TOKENS[-1]:  # where the rows make a difference
                 yield "gemm.cu", gemm_variant(stages, tokens, SHARED[arch], rows).defines
-        for tokens, rows in product(WGMMA_TOKENS if arch == 90 else (), (FEW_ROWS, FEW_ROWS + 1)):
-            if rows > FEW_ROWS or tokens < WGMMA_TOKENS[-2]:
-                yield "wgmma.cu", wgmma_variant(stages, tokens, SHARED[arch], rows).defines
+        for tokens in WGMMA_TOKENS if arch == 90 else ():
+            yield "wgmma.cu", wgmma_variant(stages, tokens, SHARED[arch]).defines
     yield from (("matvec.cu", chosen.defines) for chosen in variants(SHARED[arch]))
 
 
 def entry_points(file: str) -> list[str]:
     text = (KERNELS / file).read_text(encoding="utf-8")
-    return re.findall(r'extern "C" __global__ void (?:OF_CLUSTER )?__launch_bounds__\([^)]*\) (\w+)\(', text)
+    return re.findall(r'extern "C" __global__ void __launch_bounds__\([^)]*\) (\w+)\(', text)
 
 
 def test_nothing_is_left_out():

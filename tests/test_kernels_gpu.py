@@ -117,6 +117,15 @@ def test_layouts(tokens, in_blocks, out_blocks):
         check(blocks_layer(spec), torch.randn(tokens, spec.in_features, device="cuda").half())
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_row_for_every_word(bits):
+    """Output heads: many rows, none rotated."""
+    n = 262144 + 16
+    module = blocks_layer(LayerSpec(n, 320, bits, (1,) * n, layout_blocks(320, "pow2-sum-256", IN_FLOOR)))
+    for tokens in (1, 5, 16, 40, 300):
+        check(module, torch.randn(tokens, 320, device="cuda").bfloat16())
+
+
 @pytest.mark.parametrize(("n", "k"), [(16, 576), (200, 2560), (5376, 5376), (1000, 4096)])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_shells(n, k, bits):
@@ -280,7 +289,7 @@ def test_compile_to_one_node():
 def test_opcheck(tokens):
     module = layer(192, 576, 3, bias="float16")
     x = torch.randn(tokens, 576, device="cuda").half()
-    codes, ratios, *vectors, in_blocks, out_blocks = module._arguments()
+    codes, ratios, *vectors, in_blocks, out_blocks = module.arguments()
     arguments = (x, [c.detach() for c in codes], ratios.cuda(), *(v.detach() for v in vectors))
     torch.library.opcheck(torch.ops.eightfold.linear, (*arguments, module.bias.detach(), in_blocks, out_blocks))
 

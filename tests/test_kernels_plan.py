@@ -9,7 +9,7 @@ import logging
 import random
 import re
 from functools import cache
-from itertools import chain, pairwise, product
+from itertools import chain, pairwise
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from eightfold.cuda import linear as host
 from eightfold.cuda import plan as planning
 from eightfold.cuda import rotate as rotations
 from eightfold.cuda.compiler import KERNELS
-from eightfold.cuda.gemm import MOST_GEMM
+from eightfold.cuda.gemm import LEAST_WGMMA, MOST_GEMM, MOST_WGMMA
 from eightfold.cuda.gemm_plan import FEW_ROWS, GEMM_TOKENS, WGMMA_TOKENS, gemm_variant, share_steps, wgmma_variant
 from eightfold.cuda.linear import MOST_FINISHED, MOST_MATVEC
 from eightfold.cuda.plan import (
@@ -292,7 +292,7 @@ def test_block_count():
     assert block_count((1, 7)) == 1
     most = flat((32, 16) * 48)
     assert block_count(most) <= host._Counters.EACH
-    assert host._Counters.EACH >= planning.MAX_FEATURES // UNIT + MAX_RUNS
+    assert host._Counters.EACH >= planning.MAX_ROWS // UNIT + MAX_RUNS
 
 
 @pytest.mark.parametrize("stages", [Stages(0, 1), Stages(5, 0), Stages(2, 2)])
@@ -304,8 +304,8 @@ def test_recipes_that_no_kernel_takes(stages):
 def test_layouts_that_no_kernel_takes():
     stages = Stages(1, 0)
     check(stages, 65536, (64, 1024), (16, 4096))
-    for rows, blocks in ((65552, (64, 1)), (16, (64, 1025))):
-        with pytest.raises(UnsupportedLayoutError, match="at most 65536 features"):
+    for rows, blocks in ((planning.MAX_ROWS + 16, (64, 1)), (16, (64, 1025))):
+        with pytest.raises(UnsupportedLayoutError, match="at most 524288 × 65536 weights"):
             check(stages, rows, blocks, (16, 1))
     many = flat((128, 64) * 49)
     for sides in ((many, (16, 1)), ((64, 1), many)):
@@ -611,8 +611,8 @@ def test_wgmma_variants():
     shared = 232448
     macros = re.search(r"// Compiled with (.*?)\.\n", (KERNELS / "wgmma.cu").read_text(), re.DOTALL)[1]
     for e8p, e81b in [(n, m) for n in range(1, 5) for m in (0, 1) if n + m <= 4]:
-        for tokens, rows in product((17, 32, 33, 64, 65, 128, 129, 9999), (16, FEW_ROWS, FEW_ROWS + 1)):
-            chosen = wgmma_variant(Stages(e8p, e81b), tokens, shared, rows)
+        for tokens in (65, 128, 129, 9999):
+            chosen = wgmma_variant(Stages(e8p, e81b), tokens, shared)
             assert chosen.tokens == next((t for t in WGMMA_TOKENS if tokens <= t), WGMMA_TOKENS[-1])
             assert chosen.shared_bytes <= shared
             assert chosen.depth >= 3
@@ -620,7 +620,7 @@ def test_wgmma_variants():
             assert all(macro in macros for macro in chosen.defines)
             registers = (65536 // 128 - 32) // chosen.groups  # of a thread, as in the kernel
             assert chosen.tiles * chosen.tokens // 2 <= registers - 60
-            assert chosen.rows == 64 * chosen.tiles * chosen.groups * chosen.cluster
+            assert chosen.rows == 64 * chosen.tiles * chosen.groups
 
 
 @pytest.mark.parametrize("choose", [gemm_variant, wgmma_variant])
@@ -631,11 +631,11 @@ def test_steps_of_a_product_are_shared_out(seed, choose):
         rows, columns = 16 * rng.randint(1, 4096), 64 * rng.randint(1, 1024)
         tokens, processors = rng.choice([32, 64, 128, 256, 8192]), rng.choice([20, 108, 132])
         shared = 232448 if choose is wgmma_variant else rng.choice(list(DEVICES))
-        chosen = choose(Stages(rng.randint(1, 3), rng.randint(0, 1)), tokens, shared, rows)
+        chosen = choose(Stages(rng.randint(1, 3), rng.randint(0, 1)), tokens, shared)
         token_tiles = -(-tokens // chosen.tokens)
         owners, slices = share_steps.__wrapped__(chosen, rows, columns, token_tiles, processors)
         steps, tiles = columns // 64, -(-rows // chosen.rows)
-        assert 1 <= owners * token_tiles <= max(chosen.owners(processors), token_tiles)
+        assert 1 <= owners * token_tiles <= max(chosen.ctas * processors, token_tiles)
         assert steps * tiles * owners < 1 << 32  # as the kernels compute
         starts = [steps * tiles * owner // owners for owner in range(owners + 1)]
         assert all(a < b for a, b in pairwise(starts))
@@ -646,7 +646,7 @@ def test_steps_of_a_product_are_shared_out(seed, choose):
                 assert owner - first_owner == shares[tile_]  # the number of its slice
                 shares[tile_] += 1
         assert max(shares) == slices
-        assert slices <= -(-chosen.owners(processors) // (token_tiles * tiles)) + 1
+        assert slices <= -(-chosen.ctas * processors // (token_tiles * tiles)) + 1
 
 
 def test_gemm_uses_the_device_for_large_layers():
@@ -890,7 +890,7 @@ def check_product(gpu, packed, weight, x, y, chosen, tokens, n=208, k=960) -> ct
     assert (launch.defines, launch.shared) == (chosen.defines, chosen.shared_bytes)
     tiles = -(-tokens // chosen.tokens)
     owners, slices = share_steps(chosen, n, k, tiles, gpu.processors)
-    assert launch.grid == (owners * chosen.cluster, tiles, 1)
+    assert launch.grid == (owners, tiles, 1)
     assert (launch.block, launch.stream, launch.overlap) == (chosen.threads, 7, tiled)
     p = launch.p
     assert list(p.codes) == [address(c) for c in weight.codes]
@@ -922,23 +922,31 @@ def test_tokens_that_a_tile_holds_decode_once(gpu, tokens, tiled, bias, bits):
     assert (p.partial, gpu.launches[0].p.tile) == (gpu.launches[2].p.x, 0)
 
 
-@pytest.mark.parametrize("tokens", [17, 32, 33, 64, 65, 128, 129, 256, 257, 3000])
+@pytest.mark.parametrize("tokens", [65, 128, 129, 256, 257, MOST_WGMMA])
 @pytest.mark.parametrize(("tiled", "bias", "bits"), [(False, None, 3), (True, "bfloat16", 4)])
 def test_warpgroups_multiply_any_number_of_tokens(gpu, tokens, tiled, bias, bits):
     packed = packed_for(bits=bits, bias=bias)
     weight, x = weight_of(packed, tiled), activations(tokens, dtype=torch.bfloat16)
     y = host.linear(x, weight, packed.bias)
     assert gpu.names() == ["rotate_input_tiled", "wgmma", "rotate_output"]
-    chosen = wgmma_variant(weight.stages, tokens, gpu.shared, 208)
+    chosen = wgmma_variant(weight.stages, tokens, gpu.shared)
     p = check_product(gpu, packed, weight, x, y, chosen, tokens)
     assert (p.sums, p.sums_dtype) == (gpu.launches[2].p.x, gpu.launches[2].p.x_dtype)
     assert gpu.launches[0].p.tile == chosen.tokens
 
 
+@pytest.mark.parametrize(("tokens", "name"), [(LEAST_WGMMA, "gemm"), (MOST_WGMMA + 1, "dequantize")])
+def test_other_kernels_have_the_rest(gpu, monkeypatch, tokens, name):
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: out)
+    host.linear(activations(tokens), weight_of(packed_for(), True), None)
+    assert name in gpu.names()
+    assert "wgmma" not in gpu.names()
+
+
 def test_wide_blocks_are_tiled_for_warpgroups(gpu):
     packed = packed_for(200, 960, in_blocks=(512, 256, 128, 64))
     weight = weight_of(packed, True)
-    host.linear(activations(40), weight, None)
+    host.linear(activations(90), weight, None)
     assert gpu.names() == ["rotate_wide_input", "wgmma", "rotate_output"]
     assert gpu.launches[0].p.tile == gpu.launches[1].defines["TOKENS"]
 

@@ -51,7 +51,8 @@ def plain_ldlq(W: Tensor, L: Tensor, book: Residual) -> tuple[list[list[Tensor]]
 def test_the_factor_is_block_ldl(K: int) -> None:
     H = correlated(K)
     damped = H.double() + 0.03 * H.double().diagonal().mean() * torch.eye(K)
-    L = block_ldl(H, 0.03)
+    L, failed = block_ldl(H, 0.03)
+    assert int(failed) == 0
     for a in range(0, K, GROUP):
         assert torch.allclose(L[a : a + GROUP, a : a + GROUP], torch.eye(GROUP), rtol=0, atol=1e-6)
         assert bool((L[a : a + GROUP, a + GROUP :] == 0).all())
@@ -64,7 +65,7 @@ def test_the_factor_is_block_ldl(K: int) -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("K", [64, 264])  # one panel; two whole ones and a short one
 def test_ldlq_is_the_plain_feedback(K: int, bits: int) -> None:
-    W, L, book = random(6, K) * SCALES[bits], block_ldl(correlated(K), 0.01), RECIPES[bits]
+    W, L, book = random(6, K) * SCALES[bits], block_ldl(correlated(K), 0.01)[0], RECIPES[bits]
     codes, W_hat = ldlq(W, L, book)
     plain, plain_W = plain_ldlq(W, L.double(), book)
     assert [c.shape for c in codes] == [(6, K // 8)] * len(book.stages)
@@ -77,11 +78,11 @@ def test_ldlq_is_the_plain_feedback(K: int, bits: int) -> None:
 
 def test_feedback_loses_less_than_nearest_rounding() -> None:
     H, W, book = correlated(256), random(64, 256) * SCALES[2], RECIPES[2]
-    _, W_hat = ldlq(W, block_ldl(H, 0.01), book)
+    _, W_hat = ldlq(W, block_ldl(H, 0.01)[0], book)
     nearest = book.decode(book.encode(W.reshape(64, 32, 8))).flatten(1)
     assert proxy_loss(W - W_hat, H) < 0.6 * proxy_loss(W - nearest, H)
     # and without correlation there is nothing to feed back
-    _, W_hat = ldlq(W, block_ldl(torch.eye(256), 0.0), book)
+    _, W_hat = ldlq(W, block_ldl(torch.eye(256), 0.0)[0], book)
     assert torch.equal(W_hat, nearest)
 
 
@@ -92,7 +93,7 @@ def test_weights_that_codes_can_say_are_reproduced(bits: int) -> None:
     rng = torch.Generator().manual_seed(0)
     codes = tuple(torch.randint(-32768, 32768, (40, 33), generator=rng).to(torch.int16) for _ in book.stages)
     W = book.decode(codes).flatten(1)
-    found, W_hat = ldlq(W, block_ldl(correlated(264), 0.01), book)
+    found, W_hat = ldlq(W, block_ldl(correlated(264), 0.01)[0], book)
     assert torch.equal(W_hat, W)
     for code, again in zip(codes, found, strict=True):
         assert torch.equal(code, again)
@@ -101,9 +102,10 @@ def test_weights_that_codes_can_say_are_reproduced(bits: int) -> None:
 def test_a_hessian_that_is_not_positive_definite() -> None:
     H = torch.eye(64)
     H[5, 5] = -0.5
-    with pytest.raises(torch.linalg.LinAlgError):
-        block_ldl(H, 0.1)
-    assert bool(block_ldl(H, 1.0).isfinite().all())  # damping of the mean diagonal, 0.98
+    assert int(block_ldl(H, 0.1)[1]) > 0
+    L, failed = block_ldl(H, 1.0)
+    assert int(failed) == 0
+    assert bool(L.isfinite().all())  # damping of the mean diagonal, 0.98
     before = H.clone()
     block_ldl(H, 1.0)
     assert torch.equal(H, before)
@@ -112,12 +114,12 @@ def test_a_hessian_that_is_not_positive_definite() -> None:
 def test_damping_is_a_share_of_the_mean_diagonal() -> None:
     H = correlated(64)
     damped = H + 0.5 * H.diagonal().mean() * torch.eye(64)
-    assert torch.allclose(block_ldl(H, 0.5), block_ldl(damped, 0.0), rtol=0, atol=1e-5)
-    assert not torch.allclose(block_ldl(H, 0.5), block_ldl(H, 0.0), rtol=0, atol=1e-2)
+    assert torch.allclose(block_ldl(H, 0.5)[0], block_ldl(damped, 0.0)[0], rtol=0, atol=1e-5)
+    assert not torch.allclose(block_ldl(H, 0.5)[0], block_ldl(H, 0.0)[0], rtol=0, atol=1e-2)
 
 
 def test_rows_do_not_depend_on_each_other() -> None:
-    W, L = random(40, 136) * SCALES[3], block_ldl(correlated(136), 0.01)
+    W, L = random(40, 136) * SCALES[3], block_ldl(correlated(136), 0.01)[0]
     codes, _ = ldlq(W, L, RECIPES[3])
     for part in (slice(0, 7), slice(7, 40)):
         for code, again in zip(codes, ldlq(W[part], L, RECIPES[3])[0], strict=True):
@@ -126,4 +128,6 @@ def test_rows_do_not_depend_on_each_other() -> None:
 
 def test_proxy_loss() -> None:
     E, H = random(5, 16), correlated(16)
-    assert proxy_loss(E, H) == pytest.approx(float(torch.trace(E.double() @ H.double() @ E.double().T)), rel=1e-5)
+    assert float(proxy_loss(E, H)) == pytest.approx(
+        float(torch.trace(E.double() @ H.double() @ E.double().T)), rel=1e-5
+    )

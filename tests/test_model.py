@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, MixtralC
 from eightfold.folder import ModelFolder
 from eightfold.format import CheckpointError, LayerSpec, PackedWeight, QuantConfig, StageRecipe
 from eightfold.linear import QuantLinear
-from eightfold.model import Decoder, check_finite
+from eightfold.model import Decoder, check_finite, finite_samples
 from eightfold.skeleton import fill_computed_buffers, layer_list
 
 CPU = torch.device("cpu")
@@ -137,10 +137,10 @@ def test_groups_share_their_input(models, kind):
 
 def test_not_finite_is_named():
     x = torch.ones(2, 3, 4)
-    check_finite(x, "model.layers.4", 2)
+    check_finite(finite_samples(x).tolist(), "model.layers.4", 2)
     x[1, 0, 3] = float("nan")
     with pytest.raises(ValueError, match=r"model\.layers\.4: calibration sample 3"):
-        check_finite(x, "model.layers.4", 2)
+        check_finite(finite_samples(x).tolist(), "model.layers.4", 2)
 
 
 def test_layers_that_return_tuples(tmp_path):

@@ -15,12 +15,12 @@ from small import Silent, files_of, small_request
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from eightfold import pipeline
+from eightfold import pipeline, walk
 from eightfold.checkpoint import partial_path, read_packed, verify_files
 from eightfold.folder import ModelFolder
+from eightfold.moments import GroupStatistics
 from eightfold.pipeline import Outcome, quantize_model
 from eightfold.preflight import make_plan
-from eightfold.quantize import GroupStatistics
 
 TOKENS = torch.randint(0, 4096, (2, 20), generator=torch.Generator().manual_seed(3))
 
@@ -126,14 +126,14 @@ def test_every_group_is_quantized_for_the_inputs_it_will_get(
 ) -> None:
     """Hessians and drifts are those of a whole model in which all groups before are quantized, one after the other."""
     seen: list[tuple[list[str], GroupStatistics, dict[str, Tensor]]] = []
-    quantize_group = pipeline.quantize_group
+    begin_group = walk.begin_group
 
-    def spy(weights: Any, biases: Any, specs: Any, statistics: GroupStatistics, settings: Any) -> Any:
-        found = quantize_group(weights, biases, specs, statistics, settings)
-        seen.append((list(weights), statistics, {n: dense(q.packed).float() for n, q in found.items()}))
-        return found
+    def spy(weights: Any, biases: Any, specs: Any, statistics: GroupStatistics, *more: Any) -> Any:
+        begun = begin_group(weights, biases, specs, statistics, *more)
+        seen.append((list(weights), statistics, {n: dense(p).float() for n, p in begun.packed.items()}))
+        return begun
 
-    monkeypatch.setattr(pipeline, "quantize_group", spy)
+    monkeypatch.setattr(walk, "begin_group", spy)
     folder = model_folder(kind)
     plan = make_plan(small_request(folder, tmp_path / "out", exclude=("*.k_proj",)))
     quantize_model(plan, Silent())
@@ -173,13 +173,13 @@ def _inputs(model: nn.Module, name: str, windows: Tensor) -> Tensor:
 
 def test_sensitivity_reaches_the_groups_unless_it_is_off(model_folder, tmp_path: Path, monkeypatch) -> None:
     seen: list[Any] = []
-    quantize_group = pipeline.quantize_group
+    begin_group = walk.begin_group
 
-    def spy(weights: Any, biases: Any, specs: Any, statistics: GroupStatistics, settings: Any) -> Any:
+    def spy(weights: Any, biases: Any, specs: Any, statistics: GroupStatistics, *more: Any) -> Any:
         seen.append(statistics.sensitivity)
-        return quantize_group(weights, biases, specs, statistics, settings)
+        return begin_group(weights, biases, specs, statistics, *more)
 
-    monkeypatch.setattr(pipeline, "quantize_group", spy)
+    monkeypatch.setattr(walk, "begin_group", spy)
     folder, only = model_folder("llama-tied"), ("*.1.*", "*.mlp.*")
     run(folder, tmp_path / "on", exclude=only)
     assert all(set(s) and all(float(v.min()) > 0 for v in s.values()) for s in seen)

@@ -124,9 +124,9 @@ def test_everything_that_decides_is_in_the_provenance(model_folder, tmp_path: Pa
 
 def test_the_estimate_of_time_uses_measured_rates(model_folder, tmp_path: Path, monkeypatch) -> None:
     request = small_request(model_folder("llama-tied"), tmp_path / "out")
-    assert make_plan(request).seconds_estimate > 0
+    assert make_plan(request).cost.seconds > 0
     monkeypatch.setattr("eightfold.preflight._rates", lambda device, bits: (1e3, 1e6))
-    assert make_plan(request).seconds_estimate > 1000
+    assert make_plan(request).cost.seconds > 1000
 
 
 # --- what is chosen -------------------------------------------------------------------------------------------------

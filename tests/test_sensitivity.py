@@ -14,13 +14,14 @@ from eightfold import sensitivity
 from eightfold.folder import ModelFolder
 from eightfold.model import Decoder
 from eightfold.sensitivity import output_sensitivity
+from eightfold.team import Team
 
 WINDOWS = torch.randint(0, 4096, (3, 40), generator=torch.Generator().manual_seed(0))
 
 
 def run(folder: Path, windows: Tensor = WINDOWS, seed: int = 7, advance: Callable[[int], None] = lambda _: None):
     decoder = Decoder(ModelFolder(folder), torch.device("cpu"), torch.float32)
-    return output_sensitivity(decoder, windows, seed, advance)
+    return output_sensitivity(decoder, windows, seed, advance, Team())
 
 
 def by_autograd(folder: Path, seed: int) -> dict[str, Tensor]:

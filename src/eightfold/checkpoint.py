@@ -55,7 +55,7 @@ class Config(PreTrainedConfig):
 '''
 AUTO_MAP = {"AutoConfig": "configuration_eightfold.Config"}
 # What a record may hold that differs from run to run; it stays in the working folder.
-VOLATILE = ("seconds",)
+VOLATILE = ("seconds", "phases")
 
 
 class Workspace:

@@ -40,27 +40,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         message = _sentence(error)
         status, content = FAILED, {"error": message}
-        terminal.note(f"eightfold: {message}")
+        terminal.fail(f"eightfold: {message}")
     terminal.finish({"command": options.command, "exit_status": status} | content)
     return status
 
 
 def _run(options: Namespace, terminal: Terminal) -> tuple[int, dict[str, Any]]:
+    if options.command == "quantize" and (options.gpus or 1) > 1 and not options.dry_run:
+        from eightfold.launch import launch
+
+        return launch(options.gpus, _run_one, options)
+    return _run_here(options, terminal)
+
+
+def _run_one(options: Namespace) -> tuple[int, dict[str, Any]]:
+    """One of several processes; errors end it."""
+    from eightfold.console import Terminal
+
+    terminal = Terminal(options.json)
+    try:
+        return _run_here(options, terminal)
+    except (ValueError, OSError, MemoryError) as error:
+        if options.traceback:
+            raise
+        terminal.fail(f"eightfold: {_sentence(error)}")
+        sys.exit(FAILED)
+
+
+def _run_here(options: Namespace, terminal: Terminal) -> tuple[int, dict[str, Any]]:
     import torch
 
-    from eightfold import commands, publishing
+    from eightfold import bench, commands, publishing
     from eightfold.console import quiet_libraries
 
     command = {
         "quantize": commands.run_quantize,
         "eval": commands.run_eval,
         "convert": commands.run_convert,
+        "estimate": commands.run_estimate,
         "inspect": commands.run_inspect,
         "verify": commands.run_verify,
         "demo": commands.run_demo_command,
         "batch": publishing.run_batch,
         "card": publishing.run_card,
         "push": publishing.run_push,
+        "bench": bench.run_bench,
     }[options.command]
     try:
         with quiet_libraries() if options.command != "inspect" else nullcontext():

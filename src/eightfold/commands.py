@@ -6,10 +6,9 @@ import os
 import re
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from eightfold import checkpoint
 from eightfold.calibration import windows as cut_windows
@@ -20,10 +19,13 @@ from eightfold.evaluate import EvalResult, evaluate
 from eightfold.folder import ModelFolder, local_folder
 from eightfold.glq_folder import is_glq, open_folder
 from eightfold.inspect import inspect
+from eightfold.launch import joined
 from eightfold.pipeline import Outcome, quantize_model
 from eightfold.preflight import Plan, Request, choose_device, choose_dtype, make_plan
 from eightfold.quantize import Settings
 from eightfold.report import COLUMNS, PAGE, cells
+from eightfold.sizes import Tokens, costs
+from eightfold.team import Team
 from eightfold.verify import verify
 
 if TYPE_CHECKING:
@@ -38,12 +40,20 @@ Result = tuple[int, dict[str, Any]]
 
 def run_quantize(options: Namespace, terminal: Terminal) -> Result:
     """Preflight, the work, the gate."""
-    plan = make_plan(_request(options))
+    with joined(options.device) as device:
+        if Team().rank:
+            terminal.mute()
+        return _quantize(options, device, terminal)
+
+
+def _quantize(options: Namespace, device: str, terminal: Terminal) -> Result:
+    plan = make_plan(replace(_request(options), device=device))
     terminal.notes.print(pairs(preflight_rows(plan)))
     if options.dry_run:
         return DONE, {"status": "dry run", "plan": plan.to_dict()}
     if not options.resume:
-        checkpoint.discard(options.out)
+        if not Team().rank:
+            checkpoint.discard(options.out)
     elif done := len(list((checkpoint.partial_path(options.out) / "layers").glob("[0-9]*.json"))):
         terminal.note(f"Going on after {done} finished layers in {checkpoint.partial_path(options.out)}.")
     with terminal.progress() as steps:
@@ -57,6 +67,24 @@ def run_quantize(options: Namespace, terminal: Terminal) -> Result:
         "gate": outcome.verdict.to_dict(),
         "layers": outcome.records,
     }
+
+
+def run_estimate(options: Namespace, terminal: Terminal) -> Result:
+    """What a quantization would take on machines that need not be here, from the config alone."""
+    found = costs(options.config, options.bits, Tokens(options.samples, options.seqlen))
+    rows = [
+        [
+            name,
+            size(cost.gpu_bytes),
+            "yes" if cost.fits else "no",
+            "host" if cost.on_host else "GPU",
+            size(cost.host_bytes),
+            duration(cost.seconds),
+        ]
+        for name, cost in found.items()
+    ]
+    terminal.results.print(table(("machine", "on each GPU", "fits", "activations on", "on the host", "time"), rows))
+    return DONE, {"machines": {name: cost.to_dict() | {"fits": cost.fits} for name, cost in found.items()}}
 
 
 def run_eval(options: Namespace, terminal: Terminal) -> Result:
@@ -193,7 +221,7 @@ def preflight_rows(plan: Plan) -> list[tuple[str, str]]:
         ("runs on", f"{facts['device']} in {facts['dtype']}"),
         ("output", f"{about}{facts['output_bytes']:,} bytes ({size(facts['output_bytes'])})"),
         ("free disk", size(facts["free_bytes"])),
-        ("peak memory", f"about {size(facts['peak_bytes_estimate'])} of {size(_memory(plan.decoder.device))}"),
+        ("peak memory", _memory_words(plan)),
         ("time", f"about {duration(facts['seconds_estimate'])}"),
     ]
 
@@ -242,7 +270,12 @@ def _request(options: Namespace) -> Request:
         eval_text=options.eval_text,
         max_ratio=options.max_ratio,
         settings=Settings(seed=options.seed, scale_dtype=options.scale_dtype, codebook=options.codebook),
-        **{key: value for key in ("layout", "shard_bytes") if (value := getattr(options, key)) is not None},
+        gpus=options.gpus or 1,
+        **{
+            key: value
+            for key in ("layout", "shard_bytes", "gpu_memory")
+            if (value := getattr(options, key)) is not None
+        },
     )
 
 
@@ -268,11 +301,16 @@ def _tokenizer(folder: ModelFolder, against: ModelFolder | None) -> PreTrainedTo
     return tokenizer
 
 
-def _memory(device: torch.device) -> int:
-    """Bytes of the device's memory, all of it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def _memory_words(plan: Plan) -> str:
+    cost, host = plan.cost, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    on_host = f"about {size(cost.host_bytes)} of {size(host)} of the host's"
+    if cost.usable_bytes is None:
+        return on_host
+    each = " on each GPU" if cost.gpus > 1 else " on the GPU"
+    where = "host" if cost.on_host else "GPU"
+    return (
+        f"about {size(cost.gpu_bytes)} of {size(cost.usable_bytes)}{each}, {on_host}; activations wait on the {where}"
+    )
 
 
 def _patterns(names: Sequence[str]) -> str:

@@ -57,6 +57,16 @@ class Terminal:
         """A line of the results."""
         self.results.print(text, soft_wrap=True)
 
+    def mute(self) -> None:
+        """Say nothing but failures: another process speaks for all."""
+        self.as_json = False
+        self.notes.quiet = self.results.quiet = True
+
+    def fail(self, text: str) -> None:
+        """A line about what ends the command, on standard error."""
+        self.notes.quiet = False
+        self.note(text)
+
     def finish(self, content: dict[str, Any]) -> None:
         """End with the JSON object, if it was asked for."""
         if self.as_json:

@@ -122,8 +122,8 @@ def generate(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    model.to(device)
+    # Loaded to where it runs: a CPU would decode every weight first.
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": device})
     tokenizer = AutoTokenizer.from_pretrained(path)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)

@@ -176,11 +176,11 @@ class QuantLinear(nn.Module):
             raise ValueError("expected parameters with data, these are on the meta device: load them first")
         self._prepared, self._dense = dtype, None
         self._ratios = self._ratios.to(self.scale_in.device)
-        weight = _weight(*self._arguments())
+        weight = _weight(*self.arguments())
         if _has_kernels(weight, dtype):
             if not weight.tiled and can_tile(weight.padded_out, weight.in_blocks):
                 self._replace_codes(tile)
-            kernels.prepare(_weight(*self._arguments()))
+            kernels.prepare(_weight(*self.arguments()))
         else:
             self._dense = dequantize(self.packed()).to(dtype)
         return self
@@ -189,6 +189,11 @@ class QuantLinear(nn.Module):
     def prepared(self) -> bool:
         """Whether `prepare` was called, and neither `release` nor a move to the meta device since."""
         return self._prepared is not None
+
+    @property
+    def runs_kernels(self) -> bool:
+        """Whether `prepare` found kernels that run the codes, so that there is no dense weight."""
+        return self._prepared is not None and self._dense is None
 
     def release(self) -> None:
         """Drop the dense weight if there is one; from now on every call decodes."""
@@ -207,13 +212,13 @@ class QuantLinear(nn.Module):
             return self._multiply(x, dequantize(self.packed()).to(x.dtype))
         if self._ratios.device != x.device:
             self._ratios = self._ratios.to(x.device)
-        codes, ratios, scale_in, scale_out, *blocks = self._arguments()
+        codes, ratios, scale_in, scale_out, *blocks = self.arguments()
         return torch.ops.eightfold.linear(x, codes, ratios, scale_in, scale_out, self.bias, *blocks)
 
     def _multiply(self, x: Tensor, dense: Tensor) -> Tensor:
         return functional.linear(x, dense, None if self.bias is None else self.bias.to(x.dtype))
 
-    def _arguments(self) -> tuple[list[Tensor], Tensor, Tensor, Tensor, list[int], list[int]]:
+    def arguments(self) -> tuple[list[Tensor], Tensor, Tensor, Tensor, list[int], list[int]]:
         """The operator's, save for the activations and the bias."""
         codes: list[Tensor] = [self.get_parameter(name) for name in self._code_names]
         return codes, self._ratios, self.scale_in, self.scale_out, *self._blocks

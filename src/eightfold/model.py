@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -366,11 +366,15 @@ class Decoder:
         return forward
 
 
-def check_finite(x: Tensor, layer: str, first: int) -> None:
-    """Raise ValueError, naming `layer` and the sample, if `x` [B, ...] (samples `first` and on) is not finite."""
-    finite = x.isfinite().flatten(1).all(1)
-    if not bool(finite.all()):
-        sample = first + int((~finite).nonzero()[0])
+def finite_samples(x: Tensor) -> Tensor:
+    """Which samples of x [B, ...] are finite: bool [B]."""
+    return x.isfinite().flatten(1).all(1)
+
+
+def check_finite(finite: Sequence[float], layer: str, first: int) -> None:
+    """Raise ValueError, naming `layer` and the sample, unless all samples are `finite`; they are number `first` on."""
+    if not all(finite):
+        sample = first + [bool(good) for good in finite].index(False)
         raise ValueError(
             f"{layer}: calibration sample {sample} gives activations that are not finite; "
             f"try --dtype float32, or look for broken weights in the model"

@@ -25,11 +25,17 @@ def make_parser(kind: type[ArgumentParser] = ArgumentParser) -> ArgumentParser:
     _add_convert(
         commands.add_parser("convert", parents=[every], help="a GLQ checkpoint to eightfold's format, or back")
     )
+    costs = commands.add_parser("estimate", parents=[every], help="memory and time, from a model's config alone")
+    costs.add_argument("config", metavar="DIR", help="a folder with a config.json; it needs no weights")
+    costs.add_argument("--bits", type=_positive, default=4.0, metavar="B", help="nominal bits (default: %(default)g)")
+    costs.add_argument("--samples", type=_count, default=128, metavar="N", help="windows (default: %(default)s)")
+    costs.add_argument("--seqlen", type=_count, default=2048, metavar="N", help="tokens of each (default: %(default)s)")
     inspect = commands.add_parser("inspect", parents=[every], help="sizes, layouts and losses of a checkpoint")
     inspect.add_argument("dir", metavar="DIR", help="an eightfold or GLQ checkpoint")
     verify = commands.add_parser("verify", parents=[every], help="check a checkpoint's files, weights and loading")
     verify.add_argument("dir", metavar="DIR", help="an eightfold or GLQ checkpoint")
     verify.add_argument("--against", metavar="MODEL", help="the original model: compare weights with it")
+    _add_bench(commands.add_parser("bench", help="measure how fast a server runs a checkpoint"), every)
     demo = commands.add_parser("demo", parents=[every], help="quantize the bundled model at 2, 3, 4 bits and report")
     demo.add_argument("--out", default="demo-report", metavar="DIR", help="folder of the report (default: %(default)s)")
     _add_batch(commands.add_parser("batch", parents=[every], help="quantize the models of a list, and upload them"))
@@ -72,6 +78,8 @@ def _add_quantize(parser: ArgumentParser) -> None:
     add("--exclude", nargs="+", action="extend", default=[], metavar="PATTERN", help="leave these linears: '*.0.mlp.*'")
     add("--tp-max", type=_count, metavar="N", help="tensor parallelism the file is good for (default: the most)")
     add("--shard-size", type=_bytes, dest="shard_bytes", metavar="SIZE", help="of a weight file at most: 4GB, 500MB")
+    add("--gpus", type=_count, metavar="G", help="GPUs of this machine that share the work (default: one)")
+    add("--gpu-memory", type=_bytes, metavar="SIZE", help="of each GPU to use at most: 24GB (default: all)")
     add("--resume", action=BooleanOptionalAction, default=True, help="go on where the same command was interrupted")
     add("--dry-run", action="store_true", help="say what it would take and give, and stop")
     add("--eval-text", metavar="PATH", help="held-out text for the gate (default: the bundled one)")
@@ -117,6 +125,41 @@ def _add_push(parser: ArgumentParser) -> None:
     _add_card(parser)
     parser.add_argument("to", metavar="REPO", help="the repository on the hub: USER/NAME")
     parser.add_argument("--public", action="store_true", help="make it public once it has passed the smoke test")
+
+
+def _add_bench(parser: ArgumentParser, every: ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="bench", required=True, metavar="WHAT")
+    serve = kinds.add_parser("serve", parents=[every], help="tokens per second of vLLM against bfloat16")
+    add = serve.add_argument
+    add("model", metavar="DIR", help="a checkpoint, or a shape: SmolLM3-3B, Llama-3.1-8B, 31B (weights are random)")
+    add(
+        "--bits",
+        nargs="+",
+        type=_rate,
+        default=[],
+        metavar="B[+H]",
+        help="of a shape: bits of the linears, bits of the output head, which is left alone without +H",
+    )
+    add("--against", nargs="+", default=[], metavar="DIR", help="measure these, too")
+    add(
+        "--baseline",
+        action=BooleanOptionalAction,
+        default=True,
+        help="the same architecture in bfloat16, for comparison",
+    )
+    add("--sequences", nargs="+", type=_count, default=[1, 8, 32, 128], metavar="N", help="requests at once")
+    add("--tokens", type=_count, default=256, metavar="N", help="new tokens of each (default: %(default)s)")
+    add("--prompt", type=_count, default=1024, metavar="N", help="tokens before the first (default: %(default)s)")
+    add("--tp", type=_count, default=1, metavar="N", help="tensor-parallel size (default: %(default)s)")
+    add("--memory", type=_positive, default=0.9, metavar="SHARE", help="of the GPU's, for vLLM (default: %(default)s)")
+    add("--out", metavar="DIR", help="folder for the numbers and a picture")
+
+
+def _rate(text: str) -> tuple[int, int | None]:
+    match = re.fullmatch(r"([2-8])(?:\+([2-8]))?", text)
+    if match is None:
+        raise ArgumentTypeError(f"expected bits from 2 to 8, and + bits of the head: 4 or 2+4, got {text!r}")
+    return int(match[1]), int(match[2]) if match[2] else None
 
 
 def _count(text: str) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,19 @@ from torch import Tensor
 import eightfold
 from eightfold import calibration
 from eightfold.checkpoint import check_target, output_tensors, plan_shards
+from eightfold.cost import Cost, Machine, estimate, fast_rate
+from eightfold.cost import rates as _rates
 from eightfold.files import file_bytes
 from eightfold.folder import ModelFolder
 from eightfold.format import BITS, LayerSpec, QuantConfig, stored_bits
 from eightfold.model import Decoder, LinearInfo
-from eightfold.parallel import workers_for
 from eightfold.quantize import Settings, recipe
 from eightfold.rate_losses import ROWS
 from eightfold.rates import Target, blind, load_recipe, nominal_bits, with_rates
 from eightfold.rotation import IN_FLOOR, layout_blocks
-from eightfold.rvq import Residual
-from eightfold.tensor_parallel import check_heads, cut_side, largest_tp, linear_blocks
+from eightfold.sizes import Tokens, likely_groups, work_of
+from eightfold.team import Team
+from eightfold.tensor_parallel import check_heads, largest_tp, linear_blocks
 
 EVAL_SEQLEN = 1024
 DEFAULT_LAYOUT = "pow2-sum-256"
@@ -37,7 +39,8 @@ class Request:
     that fits. `device`, `dtype`: "auto" or torch's names. `include`, `exclude`: patterns of linears' full names.
 
     One out of four says the rate: `bits` (whole ones for every linear; others are a mean), `stored_bits` (a mean),
-    `size` (bytes of all weight files), `recipe` (a file, as rates.py writes them).
+    `size` (bytes of all weight files), `recipe` (a file, as rates.py writes them). `gpus`: that the work is planned
+    for; `gpu_memory`: bytes of each that may be used, None for all.
     """
 
     model: str
@@ -60,6 +63,8 @@ class Request:
     stored_bits: float | None = None
     size: int | None = None
     recipe: str | None = None
+    gpus: int = 1
+    gpu_memory: int | None = None
     settings: Settings = field(default_factory=Settings)
 
 
@@ -84,8 +89,7 @@ class Plan:
     output_bytes: int
     source_bytes: int
     free_bytes: int
-    peak_bytes_estimate: int
-    seconds_estimate: float
+    cost: Cost
 
     @property
     def stored_bits(self) -> float:
@@ -113,8 +117,7 @@ class Plan:
             "source_bytes": self.source_bytes,
             "output_bytes": self.output_bytes,
             "free_bytes": self.free_bytes,
-            "peak_bytes_estimate": self.peak_bytes_estimate,
-            "seconds_estimate": self.seconds_estimate,
+            **self.cost.to_dict(),
             "device": str(self.decoder.device),
             "dtype": str(self.decoder.dtype).removeprefix("torch."),
             "calibration": self.config.provenance["calibration"],
@@ -152,8 +155,7 @@ def make_plan(request: Request) -> Plan:
         output_bytes=output_bytes(folder, quant_config, request),
         source_bytes=sum(info.nbytes for info in folder.tensors.values()),
         free_bytes=shutil.disk_usage(next(p for p in (parent, *parent.parents) if p.exists())).free,
-        peak_bytes_estimate=_peak_bytes(decoder, chosen, windows, request),
-        seconds_estimate=_seconds(decoder, chosen, windows, request, nominal_bits(quant_config.layers.values())),
+        cost=_cost(decoder, chosen, windows, request, nominal_bits(quant_config.layers.values())),
     )  # fmt: skip
 
 
@@ -190,6 +192,11 @@ def _rated(
 def check_room(plan: Plan) -> None:
     """Raise ValueError where the disk lacks room for the workspace and the checkpoint."""
     needed = 2 * plan.output_bytes
+    if not plan.cost.fits:
+        raise ValueError(
+            f"expected {plan.cost.gpu_bytes:,} bytes of GPU memory for the largest layer, {plan.cost.usable_bytes:,} "
+            f"may be used: take a larger GPU, or leave wide linears out (--exclude)"
+        )
     if needed > plan.free_bytes:
         raise ValueError(
             f"{plan.request.out}: expected {needed:,} bytes free on its disk for finished layers and the checkpoint, "
@@ -315,83 +322,33 @@ def _provenance(request: Request, origin: dict[str, Any], dtype: torch.dtype) ->
 
 
 def _groups(decoder: Decoder, chosen: dict[str, LinearInfo]) -> dict[tuple[Any, ...], list[tuple[str, LinearInfo]]]:
-    """Which linears will probably share an input, for the estimates alone: same parent, inputs and cut side."""
-    groups: dict[tuple[Any, ...], list[tuple[str, LinearInfo]]] = {}
-    for name, info in chosen.items():
-        key = (info.layer_index, name.rpartition(".")[0], info.in_features, cut_side(decoder.folder.config, name))
-        groups.setdefault(key, []).append((name, info))
-    return groups
+    """Which linears will probably share an input, for the estimates alone."""
+    return likely_groups(decoder.folder.config, chosen)
 
 
-def _peak_bytes(decoder: Decoder, chosen: dict[str, LinearInfo], windows: Tensor, request: Request) -> int:
-    """Weights of a layer, embeddings, activations of both streams, Hessians and what factoring them takes, the gate."""
-    item = decoder.dtype.itemsize
-    layers: dict[int | None, int] = {}
-    for info in chosen.values():
-        layers[info.layer_index] = layers.get(info.layer_index, 0) + info.out_features * info.in_features
-    width = max(info.in_features for info in chosen.values() if info.layer_index is not None)
-    hidden = getattr(decoder.folder.config, "hidden_size", width)
-    streams = 2 * windows.numel() * hidden * item
-    kept = (
-        (len(decoder.layer_names) + 1)
-        * min(request.sensitivity_samples, len(windows))
-        * windows.shape[1]
-        * hidden
-        * item
-    )
-    per_layer: dict[int | None, int] = {}
-    groups = _groups(decoder, chosen)
-    for (layer, *_), members in groups.items():
-        per_layer[layer] = per_layer.get(layer, 0) + members[0][1].in_features ** 2
-    hessians = max(per_layer.values()) * 2 * 4 * (1 + workers_for(decoder.device) + 1)
-    group = (
-        max(
-            sum(i.out_features * i.in_features for _, i in m) * 9 + 6 * m[0][1].in_features ** 2
-            for m in groups.values()
-        )
-        * 4
-    )
-    params = sum(info.nbytes for info in decoder.folder.tensors.values()) // 2
-    shell = (params - sum(layers.values())) * item
-    walk = shell + max(layers.values()) * (item + 4) + max(kept, streams + hessians + group)
-    return max(walk, params * item + 2 * max(layers.values()) * 4)
-
-
-def _seconds(decoder: Decoder, chosen: dict[str, LinearInfo], windows: Tensor, request: Request, bits: float) -> float:
-    """Operations over rates that are measured now, for about half a second."""
+def _cost(decoder: Decoder, chosen: dict[str, LinearInfo], windows: Tensor, request: Request, bits: float) -> Cost:
+    """What this run takes on processes like this one, at rates that are measured now, for about half a second."""
     book = recipe(round(bits), request.settings.codebook)
     flops, vectors = _rates(decoder.device, book)
-    weights = sum(info.out_features * info.in_features for info in chosen.values())
-    tokens = windows.numel()
-    sensed = min(request.sensitivity_samples, len(windows)) * windows.shape[1]
-    squares = sum(m[0][1].in_features ** 2 for m in _groups(decoder, chosen).values())
-    feedback = sum(info.out_features * info.in_features**2 for info in chosen.values())
-    forwards = 2 * weights * (3 * tokens + 4 * sensed + 2 * request.eval_windows * windows.shape[1])
-    searched = 1 + len(request.settings.multipliers) * min(
-        1.0, request.settings.search_rows * len(chosen) / sum(i.out_features for i in chosen.values())
-    )
-    work = (forwards + 4 * squares * tokens + 2 * feedback * searched) / flops + weights / 8 * searched / vectors
+    gpus, memory = max(request.gpus, Team().size), usable_memory(decoder.device, request)
+    machine = Machine(gpus, memory, fast_rate(decoder.device, decoder.dtype, flops), flops, vectors)
+    parameters = sum(math.prod(info.shape) for info in decoder.folder.tensors.values())
+    tokens = Tokens(len(windows), windows.shape[1], request.sensitivity_samples, request.eval_windows)
+    work = work_of(decoder.folder.config, chosen, parameters, tokens, decoder.dtype.itemsize, bits, request.settings)
+    cost = estimate(work, machine)
     if (target := _target(request)) is None or target.uniform:
-        return work
+        return cost
     # To find the rates: one more forward of some windows, and some rows of each linear at every rate.
+    sensed = work.sensed * work.seqlen
     rows = sum(min(ROWS, info.out_features) * info.in_features for info in chosen.values())
     effort = sum(len(recipe(b, request.settings.codebook).stages) for b in BITS) / len(book.stages)
-    return work + (2 * weights + 2 * squares) * sensed / flops + rows / 8 * effort / vectors
+    squares = work.layers * sum(2 * group.inputs**2 + 2 * group.weights for group in work.layer)
+    return replace(cost, seconds=cost.seconds + squares * sensed / flops + rows / 8 * effort / vectors)
 
 
-def _rates(device: torch.device, book: Residual) -> tuple[float, float]:
-    """Measured float32 operations and encoded vectors per second."""
-    x = torch.randn(1024, 1024, device=device)
-    vectors = torch.randn(1 << (14 if device.type == "cpu" else 17), 8, device=device)
-
-    def seconds(work: Any) -> float:
-        best = float("inf")
-        for _ in range(3):
-            start = time.perf_counter()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            best = min(best, time.perf_counter() - start)
-        return best
-
-    return 2 * 1024**3 / seconds(lambda: x @ x), len(vectors) / seconds(lambda: book.encode(vectors))
+def usable_memory(device: torch.device, request: Request) -> int | None:
+    """Bytes of a GPU's memory that may be used; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    every = torch.cuda.get_device_properties(device).total_memory
+    return min(every, request.gpu_memory or every)

@@ -17,17 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from eightfold.format import BITS, LayerSpec
-from eightfold.model import Decoder, check_finite
+from eightfold.model import Decoder, check_finite, finite_samples
+from eightfold.moments import products
 from eightfold.parallel import ordered_map, single_threaded, workers_for
-from eightfold.quantize import (
-    GroupStatistics,
-    Settings,
-    gaussian_scale,
-    ldlq_rows,
-    prepare_group,
-    recipe,
-    times,
-)
+from eightfold.prepare import prepare_group, times
+from eightfold.quantize import GroupStatistics, Settings, gaussian_scale, ldlq_rows, recipe
+from eightfold.queued import Later
 from eightfold.rates import GroupLosses
 
 ROWS = 64  # rows of a linear that are quantized at every rate
@@ -96,13 +91,13 @@ class _Inputs:
     def _one(self, job: tuple[int, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         self._here.squares = squares = {}
         out = self.decoder.call(self.i, self.layer, job[1])
-        check_finite(out, self.decoder.layer_names[self.i], job[0])
+        check_finite(finite_samples(out).tolist(), self.decoder.layer_names[self.i], job[0])
         return squares, out
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].flatten(0, -2).float()
-            self._here.squares[name] = x.T @ x
+            x = args[0].flatten(0, -2)
+            self._here.squares[name] = products(x, x)
 
         return hook
 
@@ -142,13 +137,15 @@ def group_losses(
     """
     if statistics.sensitivity is None:
         raise ValueError("expected the outputs' sensitivity, came none; give sensitivity samples")
-    ready = prepare_group(weights, specs, statistics, settings)
+    later = Later(statistics.hessian.device)
+    ready = prepare_group(weights, specs, statistics, settings, later)
+    later.settle()
     samples = [R[:: -(-len(R) // rows)] for R in ready.rotated.values()]
     W = torch.cat(samples)
     WH = times(W, ready.H_rotated)
     energy = (WH * W).sum(1)
     factors = [
-        0.5 * ready.rms[name] ** 2 * float((s.to(W.device) * ready.s_out[name] ** 2).sum(dtype=torch.float64))
+        0.5 * float(ready.rms[name] ** 2 * (s.to(W.device) * ready.s_out[name] ** 2).sum(dtype=torch.float64))
         for name, s in ((name, statistics.sensitivity[name]) for name in ready.rotated)
     ]
 

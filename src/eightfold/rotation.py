@@ -21,7 +21,9 @@ _CAPS = {
 }  # what a layout's name may end in: largest block
 _SUM, _EQUAL = ({f"{kind}{end}": cap for end, cap in _CAPS.items()} for kind in ("pow2-sum", "equal"))
 LAYOUTS = (*_SUM, "pow2", *_EQUAL)
-_STEP = 6  # a Hadamard matrix of order 2^k is applied as Kronecker factors of at most 2^6
+# A Hadamard matrix of order 2^k is applied as Kronecker factors of at most 2^6; on a GPU, where reading costs more than
+# computing, of at most 2^8.
+_STEP, _GPU_STEP = 6, 8
 
 
 def valid_block(size: int) -> bool:
@@ -59,7 +61,7 @@ def _rotate_block(x: Tensor) -> Tensor:
     shape, power = x.shape, x.shape[-1].bit_length() - 1
     inner = 1
     while power > 0:
-        step = min(power, _STEP)
+        step = min(power, _GPU_STEP if x.is_cuda else _STEP)
         # Bits inner .. inner + step of the index: one Kronecker factor.
         y = x.reshape(-1, 1 << step, inner)
         h = _hadamard(step, x.dtype, x.device)

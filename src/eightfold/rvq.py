@@ -61,8 +61,10 @@ class Residual:
 
     def decode(self, codes: Sequence[Tensor]) -> Tensor:
         """Sum of the stages: float32 [..., 8]. Adds in the order of the stages: the result is the same everywhere."""
-        parts = [ratio * book.decode(c) for book, ratio, c in zip(self.codebooks, self.ratios, codes, strict=True)]
-        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+        first, *others = (r * book.decode(c) for book, r, c in zip(self.codebooks, self.ratios, codes, strict=True))
+        for part in others:
+            first = first + part
+        return first
 
 
 def _least(left: Tensor, codes: list[Tensor], count: int) -> tuple[Tensor, list[Tensor]]:

@@ -9,60 +9,92 @@ GuidedQuant, which use more of it; here it only sets the output channels' scales
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from eightfold.model import Decoder, check_finite
+from eightfold.activations import Activations
+from eightfold.loading import loaded_layers
+from eightfold.model import Decoder, check_finite, finite_samples
 from eightfold.parallel import ordered_map, workers_for
+from eightfold.queued import Later
+from eightfold.team import Team
 
 POSITIONS = 128  # positions whose logits are held at once
 
 Advance = Callable[[int], None]
 
 
-def output_sensitivity(decoder: Decoder, windows: Tensor, seed: int, advance: Advance) -> dict[str, Tensor]:
-    """Mean squared gradients of the loss at the outputs of every linear of the layers, float32 [N] on the CPU, by name.
+def output_sensitivity(
+    decoder: Decoder, windows: Tensor, seed: int, advance: Advance, team: Team, on_host: bool = False
+) -> dict[str, Tensor]:
+    """Mean squared gradients of the loss at the outputs of every linear of the layers, float32 [N] on the decoder's
+    device, by name.
 
     windows: long [S, T]. `advance` is told of every layer pass done over all windows (2 * layers + 1 of them). The same
-    windows and seed give the same bits, whatever the number of threads. Raises ValueError, naming layer and window, for
-    hidden states that are not finite.
+    windows and seed give the same bits, whatever the number of threads or of processes, which share the windows.
+    `on_host`: hidden states wait in the host's memory. Raises ValueError, naming layer and window, for hidden states
+    that are not finite.
     """
     device, layers = decoder.device, range(len(decoder.layer_names))
-    workers = workers_for(device)
-    hidden: list[list[Tensor]] = [[decoder.prologue(w).cpu() for w in windows]]
-    for i in layers:
-        layer = decoder.load_layer(i)
+    workers, own, later = workers_for(device), team.share(len(windows)), Later(device)
 
-        def forward(job: tuple[int, Tensor], i: int = i, layer: nn.Module = layer) -> Tensor:
-            out = decoder.call(i, layer, job[1].to(device)).detach()
-            check_finite(out, decoder.layer_names[i], job[0])
-            return out.cpu()
+    def kept(batches: Iterable[Tensor]) -> Activations:
+        return Activations(batches, device, on_host)
 
-        hidden.append(list(ordered_map(forward, enumerate(hidden[-1]), workers)))
+    hidden = [kept(decoder.prologue(windows[w]) for w in own)]
+    for i, layer in zip(layers, loaded_layers(decoder, layers), strict=True):
+        before = hidden[-1]
+
+        def forward(n: int, i: int = i, layer: nn.Module = layer, before: Activations = before) -> Tensor:
+            return decoder.call(i, layer, before[n]).detach()
+
+        hidden.append(kept(ordered_map(forward, range(len(own)), workers)))
+        for w, out in zip(own, hidden[-1], strict=True):
+            later.add(finite_samples(out), partial(check_finite, layer=decoder.layer_names[i], first=w))
+        later.settle()
         advance(1)
-    top = lambda s: _loss_gradient(decoder, hidden[-1][s].to(device), seed + s)  # noqa: E731
-    gradients = list(ordered_map(top, range(len(windows)), workers))
+    last = hidden[-1]
+    top = lambda n: _loss_gradient(decoder, last[n], seed + own[n])  # noqa: E731
+    gradients = kept(ordered_map(top, range(len(own)), workers))
     advance(1)
-    result: dict[str, Tensor] = {}
-    for i in reversed(layers):
+    squares: dict[str, list[Tensor]] = {}  # of this process's windows
+    for i, layer in zip(reversed(layers), loaded_layers(decoder, reversed(layers)), strict=True):
         hidden.pop()
-        layer = decoder.load_layer(i)
         backward = _Backward(decoder, i, layer)
-        jobs = zip(hidden[-1], gradients, strict=True)
-        done = list(ordered_map(lambda job, run=backward: run(*job), jobs, workers))
-        gradients = [gradient for gradient, _ in done]
-        for name in done[0][1]:
-            total = torch.stack([squares[name] for _, squares in done]).sum(0)
-            result[name] = (total / windows.numel()).cpu()
+        job = lambda n, run=backward, x=hidden[-1], g=gradients: run(x[n], g[n])  # noqa: E731
+        found: list[dict[str, Tensor]] = []
+
+        def below(results: Iterable[tuple[Tensor, dict[str, Tensor]]], found: list[Any] = found) -> Iterator[Tensor]:
+            for gradient, squares in results:
+                found.append(squares)
+                yield gradient
+
+        gradients = kept(below(ordered_map(job, range(len(own)), workers)))
+        for each in found:
+            for name, square in each.items():
+                squares.setdefault(name, []).append(square)
         advance(1)
-    return result
+    return _means(squares, windows.numel(), device, team)
+
+
+def _means(squares: dict[str, list[Tensor]], tokens: int, device: torch.device, team: Team) -> dict[str, Tensor]:
+    """Sums over the windows of all processes, in the order of the windows, over the tokens."""
+    if team.size > 1:
+        every = team.gather([{name: [s.cpu() for s in own] for name, own in squares.items()}])
+        squares = {
+            name: [s.to(device) for own in every for s in own.get(name, [])]
+            for name in dict.fromkeys(name for own in every for name in own)
+        }
+    return {name: torch.stack(each).sum(0) / tokens for name, each in squares.items()}
 
 
 def _loss_gradient(decoder: Decoder, hidden: Tensor, seed: int) -> Tensor:
-    """Gradient [1, T, D], on the CPU, of the summed cross entropy against labels drawn from the model's predictions."""
+    """Gradient [1, T, D] of the summed cross entropy against labels drawn from the model's predictions."""
     random = torch.Generator(hidden.device).manual_seed(seed)
     parts = []
     for chunk in hidden.split(POSITIONS, 1):
@@ -71,7 +103,7 @@ def _loss_gradient(decoder: Decoder, hidden: Tensor, seed: int) -> Tensor:
             logits = decoder.epilogue(x)[0]
             labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=random)[:, 0]
             loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-            parts.append(torch.autograd.grad(loss, x)[0].cpu())
+            parts.append(torch.autograd.grad(loss, x)[0])
     return torch.cat(parts, 1)
 
 
@@ -88,13 +120,13 @@ class _Backward:
     def __call__(self, hidden: Tensor, gradient: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         device = self.decoder.device
         self.here.squares = squares = {}
-        x = hidden.to(device).requires_grad_()
+        x = hidden.detach().requires_grad_()
         # Attention's fused backward adds in no fixed order on a GPU; the plain one does.
         fixed = nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH) if device.type == "cuda" else nullcontext()
         with torch.enable_grad(), fixed:
             y = self.decoder.call(self.i, self.layer, x)
-            (below,) = torch.autograd.grad(y, x, gradient.to(device))
-        return below.cpu(), squares
+            (below,) = torch.autograd.grad(y, x, gradient)
+        return below, squares
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:

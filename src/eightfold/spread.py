@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -32,7 +31,7 @@ class Listener(Protocol):
 
 
 def spread_bits(
-    plan: Plan, config: QuantConfig, workspace: Workspace, sensitivity: Callable[[], dict[str, Tensor]], told: Listener
+    plan: Plan, config: QuantConfig, workspace: Workspace, sensitivity: dict[str, Tensor], told: Listener
 ) -> tuple[QuantConfig, str | None]:
     """`config` with the rates of the run, and the text of its recipe file, None where one rate was asked for.
 
@@ -43,7 +42,7 @@ def spread_bits(
     file = workspace.path / "layers" / RECIPE
     text = _kept(file)
     if text is None:
-        text = _found(plan, config, sensitivity(), told)
+        text = _found(plan, config, sensitivity, told)
         write_text(file, text)
         write_text(file.with_suffix(".json"), to_json(measure(file)))
     config = with_rates(config, read_recipe(text, str(file), config.layers))
@@ -53,6 +52,11 @@ def spread_bits(
         f"{', '.join(f'{count[bits]} linears at {bits}' for bits in sorted(count))} ({file})"
     )
     return config, text
+
+
+def is_to_be_found(plan: Plan, workspace: Workspace) -> bool:
+    """Whether `spread_bits` has rates to find, for which it needs the sensitivity."""
+    return plan.target is not None and _kept(workspace.path / "layers" / RECIPE) is None
 
 
 def _kept(file: Path) -> str | None:

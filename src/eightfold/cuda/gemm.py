@@ -1,6 +1,6 @@
-"""The linear for 17 and more tokens from the codes: rotate the input, multiply, rotate back.
+"""The linear for 17 to some thousand tokens from the codes: rotate the input, multiply, rotate back.
 
-The product is wgmma.cu where there is warpgroup mma (compute capability 9.0), elsewhere gemm.cu.
+The product is wgmma.cu where there is warpgroup mma (compute capability 9.0) and tokens are many, else gemm.cu.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from eightfold.cuda.gemm_plan import (
 from eightfold.cuda.rotate import DTYPES, Rows, Side, kernel, rotate_input, rotate_output
 from eightfold.cuda.weight import Weight
 
-MOST_GEMM = 256  # tokens up to which gemm beats decoding the weight for cuBLAS; wgmma does for any number
+MOST_GEMM, MOST_WGMMA = 256, 2048  # tokens up to which each beats decoding the weight for cuBLAS
+LEAST_WGMMA = 64  # tokens up to which gemm is as fast as wgmma
 _CHUNK_BYTES = 512 << 20  # of float16 activations on both sides of a product
 
 
 def takes(weight: Weight, tokens: int, device: int) -> bool:
     """Whether `product` is the fastest way for more tokens than matvec takes."""
-    return weight.aligned and not weight.stages.shells and (tokens <= MOST_GEMM or arch(device) == 90)
+    most = MOST_WGMMA if arch(device) == 90 else MOST_GEMM
+    return weight.aligned and not weight.stages.shells and tokens <= most
 
 
 def product(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
@@ -62,7 +64,7 @@ def _product(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
 def _multiply(x: Tensor, tokens: int, weight: Weight, chosen: Product, stream: int) -> Tensor:
     """x, a rotated input, times the weight: [slices, tokens, padded N], sums over parts of K to be added in order."""
     device, tiles = _index(x.device), -(-tokens // chosen.tokens)
-    owners, slices = share_steps(chosen, weight.padded_out, weight.padded_in, tiles, sm_count(device))
+    ctas, slices = share_steps(chosen, weight.padded_out, weight.padded_in, tiles, sm_count(device))
     dtype = torch.float16 if isinstance(chosen, Wgmma) and slices == 1 else torch.float32
     sums = x.new_empty(slices, tokens, weight.padded_out, dtype=dtype)
     params = struct.pack(
@@ -70,26 +72,25 @@ def _multiply(x: Tensor, tokens: int, weight: Weight, chosen: Product, stream: i
         *(c.data_ptr() for c in weight.codes), x.data_ptr(), weight.ratios.data_ptr(), sums.data_ptr(),
         *weight.strides, tokens, weight.padded_in, weight.padded_out, slices, DTYPES[dtype],
     )  # fmt: skip
-    grid = owners * chosen.cluster, tiles, 1
     # It reads weights before the kernel ahead of it is done, so that must not be one that writes them: `prepare` waits.
-    _kernel(chosen, device).launch(grid, chosen.threads, params, stream, weight.tiled)
+    _kernel(chosen, device).launch((ctas, tiles, 1), chosen.threads, params, stream, weight.tiled)
     return sums
 
 
 def choose(weight: Weight, tokens: int, device: int) -> Product:
     """The product for so many tokens."""
-    variant = wgmma_variant if arch(device) == 90 else gemm_variant
-    return variant(weight.stages, tokens, max_shared(device), weight.padded_out)
+    if arch(device) == 90 and tokens > LEAST_WGMMA:
+        return wgmma_variant(weight.stages, tokens, max_shared(device))
+    return gemm_variant(weight.stages, tokens, max_shared(device), weight.padded_out)
 
 
 def prepare_product(weight: Weight) -> None:
     """Compile and load what `product` needs, apart from the rotations that `prepare_rotations` loads. Raises
     KernelError."""
     device = _index(weight.ratios.device)
-    tiles = WGMMA_TOKENS if arch(device) == 90 else GEMM_TOKENS
-    for tile in tiles:
+    for tile in sorted({*GEMM_TOKENS, *WGMMA_TOKENS}):
         _kernel(choose(weight, tile, device), device)
-    if tiles is WGMMA_TOKENS:
+    if arch(device) == 90:
         kernel("rotate_input_tiled", 0, device)
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache
 
-from eightfold.cuda.plan import MAX_FEATURES, TILE, Stages, UnsupportedLayoutError, table_bytes
+from eightfold.cuda.plan import MAX_ROWS, TILE, Stages, UnsupportedLayoutError, table_bytes
 
 GEMM_TOKENS = (32, 64, 128)  # of a tile of gemm
 GEMM_COLUMNS = 64  # of one of its steps
 FEW_ROWS = 6144  # up to which its CTAs have fewer
-WGMMA_TOKENS = (32, 64, 128, 256)  # of a tile of wgmma
+WGMMA_TOKENS = (128, 256)  # of a tile of wgmma; gemm is as fast for fewer
 COPIES = 32  # of the decode tables in wgmma
 
 
@@ -39,15 +39,6 @@ class Gemm:
     def threads(self) -> int:
         """Of a CTA."""
         return 32 * self.warps
-
-    @property
-    def cluster(self) -> int:
-        """CTAs that go through row tiles together."""
-        return 1
-
-    def owners(self, processors: int) -> int:
-        """How many CTAs (or clusters) with rows of their own run at a time."""
-        return processors * self.ctas
 
     @property
     def step_time(self) -> float:
@@ -83,7 +74,7 @@ class Gemm:
 
 
 @cache
-def gemm_variant(stages: Stages, tokens: int, shared: int, rows: int = MAX_FEATURES) -> Gemm:
+def gemm_variant(stages: Stages, tokens: int, shared: int, rows: int = MAX_ROWS) -> Gemm:
     """The gemm for so many tokens and rows where a CTA can have `shared` bytes: as many warps as find their registers
     without spilling, fewer for few rows, whose tiles fewer CTAs then share; tables for every lane if that leaves room
     for three steps."""
@@ -100,14 +91,14 @@ def gemm_variant(stages: Stages, tokens: int, shared: int, rows: int = MAX_FEATU
 @dataclass(frozen=True, slots=True)
 class Wgmma:
     """One compiled wgmma: `tokens` of a tile, `tiles` of 16 rows that each warp of a CTA's `groups` warpgroups has,
-    `cluster` CTAs that share activations, `depth` slots for the steps that are on their way."""
+    `depth` slots for the steps that are on their way."""
 
     stages: Stages
     tokens: int
     tiles: int
     groups: int
-    cluster: int
     depth: int
+    ctas: int = 1
 
     @property
     def source(self) -> str:
@@ -126,15 +117,14 @@ class Wgmma:
             "TOKENS": self.tokens,
             "M_TILES": self.tiles,
             "GROUPS": self.groups,
-            "CLUSTER": self.cluster,
             "DEPTH": self.depth,
             "COPIES": COPIES,
         }
 
     @property
     def rows(self) -> int:
-        """Of a cluster."""
-        return 64 * self.tiles * self.groups * self.cluster
+        """Of a CTA."""
+        return 64 * self.tiles * self.groups
 
     @property
     def slot_bytes(self) -> int:
@@ -146,27 +136,19 @@ class Wgmma:
     def shared_bytes(self) -> int:
         return table_bytes(self.stages, COPIES) + self.depth * self.slot_bytes
 
-    def owners(self, processors: int) -> int:
-        """As for Gemm."""
-        return processors // self.cluster
-
     @property
     def step_time(self) -> float:
         """As for Gemm: the tensor cores', or that of issuing the instructions that decode."""
-        product, decode = 0.0368 * self.tokens, 0.0195 * (24 + 64 * self.stages.count)
-        return 64 * self.tiles * self.groups * max(product, decode) / 1700
+        product, decode = 0.05 * self.tokens, 0.04 * (24 + 64 * self.stages.count)
+        return self.rows * max(product, decode) / 1700
 
 
 @cache
-def wgmma_variant(stages: Stages, tokens: int, shared: int, rows: int = MAX_FEATURES) -> Wgmma:
-    """The wgmma for so many tokens and rows where a CTA can have `shared` bytes of shared memory."""
+def wgmma_variant(stages: Stages, tokens: int, shared: int) -> Wgmma:
+    """The wgmma for so many tokens where a CTA can have `shared` bytes of shared memory: what measured fastest."""
     tile = next((tile for tile in WGMMA_TOKENS if tokens <= tile), WGMMA_TOKENS[-1])
-    tiles, groups, cluster = {32: (1, 4, 1), 64: (1, 4, 1), 128: (2, 2, 1), 256: (1, 2, 2)}[tile]
-    if groups == 4 and rows <= FEW_ROWS:
-        groups = 2
-    one = Wgmma(stages, tile, tiles, groups, cluster, 1)
-    depth = min(8, (shared - table_bytes(stages, COPIES)) // one.slot_bytes)
-    return replace(one, depth=depth)
+    one = Wgmma(stages, tile, 2 if tile == 128 else 1, 2, 1)
+    return replace(one, depth=min(8, (shared - table_bytes(stages, COPIES)) // one.slot_bytes))
 
 
 Product = Gemm | Wgmma
@@ -174,10 +156,10 @@ Product = Gemm | Wgmma
 
 @cache
 def share_steps(chosen: Product, rows: int, columns: int, token_tiles: int, processors: int) -> tuple[int, int]:
-    """Among how many CTAs or clusters the steps of every row tile of a padded weight are to be cut for each tile of
+    """Among how many CTAs the steps of every row tile of a padded weight are to be cut for each tile of
     tokens, and the most that then share a row tile, which is the number of slices to add up."""
     tiles, steps = -(-rows // chosen.rows), columns // GEMM_COLUMNS
-    most = min(tiles * steps, max(1, chosen.owners(processors) // token_tiles))
+    most = min(tiles * steps, max(1, processors * chosen.ctas // token_tiles))
     # Some end with row tiles: fewer slices. All there can be have the least to do each.
     numbers = {most, *range(tiles, most + 1, tiles), *(n for n in range(1, min(tiles, most) + 1) if tiles % n == 0)}
     step = chosen.step_time

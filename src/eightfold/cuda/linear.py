@@ -1,12 +1,12 @@
 """`eightfold::linear` on a GPU: which kernels run for how many tokens, with what workspace.
 
 Up to 16 tokens: matvec, which reads the codes once; quantize_input before it unless matvec can do that itself (up to
-ALONE_TOKENS), rotate_output after it unless it can do that (up to MOST_FINISHED). Up to MOST_GEMM: gemm, between
-rotate_input and rotate_output; where codes cannot be tiled, matvec for every 16 up to MOST_MATVEC. More: the weight is
-decoded to float16, piece after piece, and cuBLAS multiplies (dense.py); for stages of E8 shells always. Everything is
-queued on the current stream; memory comes from PyTorch's pool. Within 2-8 and 9-16 tokens (of several 16, the last
-too), 17-32, 33-64 and every further 128 a token's result does not depend on the others; where cuBLAS multiplies that is
-its affair.
+ALONE_TOKENS), rotate_output after it unless it can do that (up to MOST_FINISHED). Then, while gemm.takes it, a product
+from the codes between rotate_input and rotate_output; where codes cannot be tiled, matvec for every 16 up to
+MOST_MATVEC. More: the weight is decoded to float16, piece after piece, and cuBLAS multiplies (dense.py); for stages of
+E8 shells always. Everything is queued on the current stream; memory comes from PyTorch's pool. Within 2-8 and 9-16
+tokens (of several 16, the last too), 17-32, 33-64, 65-128 and every further tile of tokens a token's result does not
+depend on the others; where cuBLAS multiplies that is its affair.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from eightfold.cuda.gemm import takes as product_takes
 from eightfold.cuda.plan import (
     ALONE_TOKENS,
     MATVEC_TOKENS,
-    MAX_FEATURES,
+    MAX_ROWS,
     MAX_RUNS,
     UNIT,
     Plan,
@@ -201,7 +201,7 @@ class _Counters:
     them. Launches that may run at the same time must not share any: each stream has its own, and each captured launch,
     since graphs may be replayed beside each other."""
 
-    EACH = MAX_FEATURES // UNIT + 2 * MAX_RUNS  # most blocks of an output
+    EACH = MAX_ROWS // UNIT + 2 * MAX_RUNS  # most blocks of an output
     RESERVE = 1 << 20  # for captured launches: some ten thousand
 
     def __init__(self, device: int) -> None:

@@ -15,7 +15,7 @@ UNIT = 256  # columns of a unit of work, and coordinates that a warp rotates
 TILE = 16  # rows of a unit
 MAX_RUNS, MAX_SLICES = 96, 64  # as common.cuh has them
 MAX_SLICE = 4096  # columns; the sums of that many products, 11 * 32600 at most each, fit an int32
-MAX_FEATURES = 65536  # of either side
+MAX_FEATURES, MAX_ROWS = 65536, 1 << 19  # of the input; of the output: heads have a row for every word
 MOST_UNITS = 5  # of the longest of MAX_SLICES slices of MAX_FEATURES columns: 4, and cuts are up to a unit apart
 MATVEC_TOKENS = 16  # most tokens of one launch of matvec
 ALONE_TOKENS = 8  # most tokens that matvec rotates by itself; from two on, four UNITs a warp
@@ -190,8 +190,8 @@ def check(stages: Stages, rows: int, in_blocks: tuple[int, ...], out_blocks: tup
     if not stages.shells and (not 1 <= stages.e8p <= 4 or stages.e81b > 1):
         raise UnsupportedLayoutError(f"expected 1 to 4 stages of E8P and at most one of E81B, got {stages}")
     columns = runs(in_blocks)[-1][1]
-    if max(rows, columns) > MAX_FEATURES:
-        raise UnsupportedLayoutError(f"expected at most {MAX_FEATURES} features on a side, got [{rows}, {columns}]")
+    if columns > MAX_FEATURES or rows > MAX_ROWS:
+        raise UnsupportedLayoutError(f"expected at most {MAX_ROWS} × {MAX_FEATURES} weights, got {rows} × {columns}")
     if min(in_blocks[::2]) < 8:
         raise UnsupportedLayoutError(f"expected input blocks of at least 8, got {list(in_blocks)}")
     pack_runs(in_blocks)

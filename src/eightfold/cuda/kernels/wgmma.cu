@@ -6,14 +6,13 @@
 // of these tokens, and its last warp copies. A step is 64 columns. The steps of all row tiles, one tile after the other,
 // are cut evenly among the CTAs, so that a row tile may be shared by several: each stores the sums of its part as a slice
 // of its own, slice 0 being the first part. So results do not depend on timing, nor on the other tokens of a launch of as
-// many token tiles. CLUSTER CTAs share their activations: they take row tiles side by side in the same steps, and each
-// copies its part of the activations to all of them.
+// many token tiles.
 //
 // The last warp fills a ring of DEPTH slots: codes by asynchronous copies of 16 bytes a lane, activations by one bulk copy.
 // A lane of the others decodes one code of each of two rows at a time, which is its part of two mma over 16 columns; while
 // these run it decodes the next. Their columns come in the order of the codes: see tile_chunk in rotate.cu.
 //
-// Compiled with E8P_STAGES, E81B_STAGES, TOKENS, M_TILES, GROUPS, CLUSTER, DEPTH, COPIES (of the tables).
+// Compiled with E8P_STAGES, E81B_STAGES, TOKENS, M_TILES, GROUPS, DEPTH, COPIES (of the tables).
 #include "barriers.cuh"
 #include "half_weights.cuh"
 
@@ -96,31 +95,8 @@ __device__ __forceinline__ void wait_for_mma() {
 // Of activations at 16 times a shared address: rows of 128 bytes, swizzled, eight of them 1,024 bytes from the next eight.
 __device__ __forceinline__ u64 descriptor(u32 sixteenth) { return u64(sixteenth | 1 << 16) | 64ull << 32 | 1ull << 62; }
 
-// --- clusters
-
-__device__ __forceinline__ u32 rank_in_cluster() {
-  u32 rank = 0;
-  if (CLUSTER > 1) asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-__device__ __forceinline__ void meet() { // all threads of the cluster
-  if (CLUSTER > 1)
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-  else asm volatile("bar.sync 0;" ::: "memory");
-}
-// Arrive at the barrier at this address in every CTA of the cluster; lane r of a warp at that of CTA r.
-__device__ __forceinline__ void arrive_everywhere(u32 barrier, int lane) {
-  if (CLUSTER == 1) {
-    if (lane == 0) arrive(barrier);
-  } else if (lane < CLUSTER) {
-    asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
-                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(barrier), "r"(lane) : "memory");
-  }
-}
-__device__ __forceinline__ void wait_for_cluster(u32 barrier, u32 round) {
-  asm volatile("{ .reg .pred over;\nAGAIN: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [%0], %1;\n"
-               "@!over bra AGAIN; }" ::"r"(barrier), "r"(round) : "memory");
-}
+// All threads of the CTA, each from its branch.
+__device__ __forceinline__ void everyone() { asm volatile("bar.sync 0;" ::: "memory"); }
 
 // --- the warp that copies
 
@@ -153,45 +129,34 @@ struct Codes {
   }
 };
 
-// The activations of one step, `bytes` of them for the tokens that there are. Of each CTA of a cluster an equal part.
-__device__ __forceinline__ void copy_activations(const u8* from, u32 slot, u32 full, u32 bytes, u32 rank) {
+// The activations of one step, `bytes` of them for the tokens that there are.
+__device__ __forceinline__ void copy_activations(const u8* from, u32 slot, u32 full, u32 bytes) {
   asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }" ::"r"(full), "r"(bytes) : "memory");
-  constexpr u32 PART = X_BYTES / CLUSTER;
-  const u32 begin = rank * PART;
-  if (bytes <= begin) return;
-  const u32 size = min(bytes - begin, PART);
-  if (CLUSTER == 1)
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 ::"r"(slot), "l"(from), "r"(size), "r"(full) : "memory");
-  else
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
-                 ::"r"(slot + begin), "l"(from + begin), "r"(size), "r"(full), "h"(u16((1 << CLUSTER) - 1)) : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               ::"r"(slot), "l"(from), "r"(bytes), "r"(full) : "memory");
 }
 
 // Which steps the CTA has: `count` of them from step `step` of row tile `row_tile` on.
 struct Share {
-  u32 steps, all, number; // of a row tile, of all; steps are shared among so many clusters
-  u32 cluster;            // this one
+  u32 steps, all; // of a row tile, of all
+  u32 ctas, cta;  // that share them, this one
   int count, row_tile, step;
 
   __device__ __forceinline__ Share(const Params& p) {
-    constexpr int TILE_ROWS = ROWS * CLUSTER;
-    steps = p.columns / 64, all = steps * ((p.rows + TILE_ROWS - 1) / TILE_ROWS);
-    number = gridDim.x / CLUSTER, cluster = blockIdx.x / CLUSTER;
-    const u32 first = all * cluster / number;
-    count = all * (cluster + 1) / number - first;
+    steps = p.columns / 64, all = steps * ((p.rows + ROWS - 1) / ROWS);
+    ctas = gridDim.x, cta = blockIdx.x;
+    const u32 first = all * cta / ctas;
+    count = all * (cta + 1) / ctas - first;
     row_tile = first / steps, step = first - row_tile * steps;
   }
-  __device__ __forceinline__ int row(u32 rank) const { return (row_tile * CLUSTER + rank) * ROWS; }
-  // The slice that this cluster's part of the row tile is: the first part's cluster has slice 0.
-  __device__ __forceinline__ int slice() const { return cluster - ((row_tile * steps + 1) * number - 1) / all; }
+  // The slice that this CTA's part of the row tile is: that of the first part's CTA is 0.
+  __device__ __forceinline__ int slice() const { return cta - ((row_tile * steps + 1) * ctas - 1) / all; }
 };
 
 // Fills the slots with the steps of a share: `begin` what depends on nothing, `run` the rest.
 struct Filler {
   const Params& p;
   Share share;
-  u32 rank;
   int lane;
   Codes codes;
 
@@ -200,11 +165,11 @@ struct Filler {
     arrive_with_copies(FULL + 8 * slot.at);
     if (++share.step == share.steps) {
       share.step = 0, ++share.row_tile;
-      codes.start(p, share.row(rank), 0, lane);
+      codes.start(p, share.row_tile * ROWS, 0, lane);
     }
   }
   __device__ __forceinline__ void begin() {
-    codes.start(p, share.row(rank), share.step, lane);
+    codes.start(p, share.row_tile * ROWS, share.step, lane);
     Slot slot;
 #pragma unroll 1
     for (int i = 0; i < min(DEPTH, share.count); ++i, slot.advance()) copy_codes(slot);
@@ -217,11 +182,10 @@ struct Filler {
 #pragma unroll 1
     for (int i = 0; i < share.count; ++i, slot.advance()) {
       if (i >= DEPTH) {
-        if (CLUSTER == 1) wait(EMPTY + 8 * slot.at, slot.round ^ 1);
-        else wait_for_cluster(EMPTY + 8 * slot.at, slot.round ^ 1);
+        wait(EMPTY + 8 * slot.at, slot.round ^ 1);
         copy_codes(slot);
       }
-      if (lane == 0) copy_activations(x + u64(step) * X_BYTES, slot.address(), FULL + 8 * slot.at, bytes, rank);
+      if (lane == 0) copy_activations(x + u64(step) * X_BYTES, slot.address(), FULL + 8 * slot.at, bytes);
       if (++step == share.steps) step = 0;
     }
   }
@@ -299,7 +263,7 @@ __device__ __forceinline__ void multiply_codes(float (&sums)[M_TILES][SUMS], u32
   commit_mma();
 }
 
-__device__ __forceinline__ void multiply_steps(const Params& p, Share share, u32 rank, int warp, int lane) {
+__device__ __forceinline__ void multiply_steps(const Params& p, Share share, int warp, int lane) {
   u32 ratios[STAGES]; // of stage s + 1 to stage s; the first stage's own waits until sums are stored
   const float first_ratio = p.ratios[0];
 #pragma unroll
@@ -325,7 +289,7 @@ __device__ __forceinline__ void multiply_steps(const Params& p, Share share, u32
       multiply_codes<0>(sums, a[0], nibbles, ratios, slot.address() / 16, i);
       if (AHEAD) read_codes(words, next.address() + my_codes, lane); // after the last step: whatever is there
       wait_for_mma<1>(); // those of the second
-      if (i) arrive_everywhere(EMPTY + 8 * before, lane);
+      if (i && lane == 0) arrive(EMPTY + 8 * before);
       multiply_codes<1>(sums, a[1], second, ratios, slot.address() / 16, 1);
       before = slot.at, slot = next;
       next.advance();
@@ -335,8 +299,8 @@ __device__ __forceinline__ void multiply_steps(const Params& p, Share share, u32
       find_nibbles<0>(nibbles, words, of_lane);
     }
     wait_for_mma<0>();
-    arrive_everywhere(EMPTY + 8 * before, lane);
-    const int row0 = share.row(rank) + 16 * M_TILES * warp;
+    if (lane == 0) arrive(EMPTY + 8 * before);
+    const int row0 = share.row_tile * ROWS + 16 * M_TILES * warp;
     store(sums, p, share.slice(), row0, 256.f * first_ratio, lane);
     share.step += steps, share.count -= steps;
     if (share.step < share.steps) return;
@@ -350,15 +314,10 @@ __device__ __forceinline__ void multiply_steps(const Params& p, Share share, u32
 }
 
 // Grid: CTAs that share the steps, tiles of tokens.
-#if CLUSTER > 1
-#define OF_CLUSTER __cluster_dims__(CLUSTER, 1, 1)
-#else
-#define OF_CLUSTER
-#endif
-extern "C" __global__ void OF_CLUSTER __launch_bounds__(128 * GROUPS + 128, 1) wgmma(const __grid_constant__ Params p) {
+extern "C" __global__ void __launch_bounds__(128 * GROUPS + 128, 1) wgmma(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) u8 dynamic[];
   launch_dependents();
-  const u32 base = u32(__cvta_generic_to_shared(dynamic)), rank = rank_in_cluster();
+  const u32 base = u32(__cvta_generic_to_shared(dynamic));
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
   if (base > TABLES) __trap();
   const Share share(p);
@@ -366,21 +325,20 @@ extern "C" __global__ void OF_CLUSTER __launch_bounds__(128 * GROUPS + 128, 1) w
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPY_REGISTERS));
     if (warp == WARPS && lane < DEPTH) {
       start_barrier(FULL + 8 * lane, 33); // the lanes that copy codes, and the copy of activations
-      start_barrier(EMPTY + 8 * lane, WARPS * CLUSTER);
+      start_barrier(EMPTY + 8 * lane, WARPS);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); // for the bulk copies
     __syncwarp();
-    Filler filler = {p, share, rank, lane};
+    Filler filler = {p, share, lane};
     if (warp == WARPS) filler.begin();
-    meet();
+    everyone();
     wait_for_previous();
     asm volatile("fence.proxy.async;" ::: "memory"); // what rotate_input stored, bulk copies read
     if (warp == WARPS) filler.run(share.step);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MULTIPLY_REGISTERS));
     fill_tables<true>(dynamic - base + TABLES, 32 * WARPS);
-    meet();
-    multiply_steps(p, share, rank, warp, lane);
+    everyone();
+    multiply_steps(p, share, warp, lane);
   }
-  if (CLUSTER > 1) meet(); // nobody leaves to whom others still copy or signal
 }

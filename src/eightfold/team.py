@@ -1,0 +1,102 @@
+"""The processes that quantize a model together, a GPU each: who does what, and sums that do not depend on their number.
+
+Samples are cut into parts, the same whatever the number of processes; each process takes neighbouring ones. Sums over
+the parts are taken as one fixed binary tree, so that they have the same bits on one process as on several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+PARTS = 8  # of the samples: the most processes that can share them
+
+
+class Team:
+    """This process, number `rank` of `size`. Alone unless torch.distributed is initialized.
+
+    All processes of a team call its methods in the same order.
+    """
+
+    def __init__(self) -> None:
+        together = distributed.is_available() and distributed.is_initialized()
+        self.rank, self.size = (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
+
+    def share(self, count: int, rank: int | None = None) -> range:
+        """Which of `count` things in a row are those of process `rank`, by default this one's."""
+        rank = self.rank if rank is None else rank
+        return range(count * rank // self.size, count * (rank + 1) // self.size)
+
+    def sum(self, parts: int, own: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """The sum over all `parts`, at least one a process, on every process. `own` makes this process's next part:
+        tensors of the shapes that every part has, whose memory is used."""
+        owners = [rank for rank in range(self.size) for _ in self.share(parts, rank)]
+        shapes: list[Tensor] = []
+
+        def total(first: int, end: int) -> list[Tensor] | None:
+            if end - first == 1:
+                if owners[first] != self.rank:
+                    return None
+                found = own()
+                shapes[:] = [t.new_empty(()).expand(t.shape) for t in found]
+                return found
+            middle = (first + end) // 2
+            left, right = total(first, middle), total(middle, end)
+            return self._merge(left, right, owners[first], owners[middle])
+
+        found = total(0, parts)
+        if self.size == 1:
+            assert found is not None
+            return found
+        found = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in shapes] if found is None else found
+        for tensor in found:
+            distributed.broadcast(tensor, owners[0])
+        return found
+
+    def _merge(
+        self, left: list[Tensor] | None, right: list[Tensor] | None, to: int, source: int
+    ) -> list[Tensor] | None:
+        """left + right on process `to`, which has the left one."""
+        if self.rank == source != to:
+            assert right is not None
+            for tensor in right:
+                distributed.send(tensor, to)
+        if self.rank != to:
+            return None
+        assert left is not None
+        for n, whole in enumerate(left):
+            if source == to:
+                assert right is not None
+                whole += right[n]
+            else:
+                part = torch.empty_like(whole)
+                distributed.recv(part, source)
+                whole += part
+        return left
+
+    def complete(self, rows: Tensor) -> Tensor:
+        """`rows`, contiguous, of which each process has filled its share: whole on every process."""
+        for rank in range(self.size if self.size > 1 else 0):
+            share = self.share(len(rows), rank)
+            if len(share):
+                distributed.broadcast(rows[share.start : share.stop].view(torch.uint8), rank)
+        return rows
+
+    def gather(self, things: list[Any]) -> list[Any]:
+        """The things of all processes in a row, through memory of the host."""
+        if self.size == 1:
+            return things
+        every: list[Any] = [None] * self.size
+        distributed.all_gather_object(every, things)
+        return [thing for each in every for thing in each]
+
+    def tell(self, thing: Any) -> Any:
+        """What process 0 has, on every process, through memory of the host."""
+        if self.size == 1:
+            return thing
+        box = [thing]
+        distributed.broadcast_object_list(box, 0)
+        return box[0]
