@@ -36,8 +36,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_processes_write_what_one_does(model: Path, tmp_path: Path) -> None:
+    """Rates that are to be found, too."""
     for processes in (1, 2):
-        done = run(command(model, tmp_path / f"out-{processes}", processes))
+        done = run(command(model, tmp_path / f"out-{processes}", processes, bits=2.5))
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("Done:") == 1
     assert files_of(tmp_path / "out-1") == files_of(tmp_path / "out-2")
