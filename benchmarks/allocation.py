@@ -75,7 +75,7 @@ def main() -> None:
     rows = []
     for bits in [*args.bits, *args.between]:
         rows.append(measure(replace(base, bits=bits)))
-        print({key: rows[-1][key] for key in ("bits", "stored_bits", "ratio", "ratio_se", "kl", "seconds")}, flush=True)
+        print(json.dumps(rows[-1]), flush=True)
     for row in rows:
         row["line"] = line(rows, row["stored_bits"]) if row["bits"] != int(row["bits"]) else None
     print_table(rows)

@@ -35,9 +35,9 @@ LAYERS = (
     ("gate", "spread"),
     ("walk",),
     ("pipeline", "inspect", "console", "convert", "launch"),
-    ("report", "verify"),
-    ("demo",),
-    ("commands",),
+    ("report", "verify", "card", "batch"),
+    ("demo", "push"),
+    ("commands", "publishing"),
     ("cli",),
     ("__main__",),
 )

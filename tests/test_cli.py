@@ -75,6 +75,19 @@ def test_dry_run_touches_nothing(run, source, tmp_path, small):
     assert not list(tmp_path.iterdir())
 
 
+def test_dry_run_of_rates_that_are_to_be_found(run, source, tmp_path, small):
+    """Sizes are about right: they fill what was asked for; which linear gets what is not known yet."""
+    status, out, err = run("quantize", source, tmp_path / "q", "--stored-bits", 3.5, *small, "--dry-run", "--json")
+    plan = json.loads(out)["plan"]
+    assert status == 0
+    assert plan["target"] == {"stored_bits": 3.5}
+    assert 3.3 < plan["stored_bits"] <= 3.5
+    assert "3.5 stored bits, shared out by what each group of linears loses" in err
+    status, out, _ = run("quantize", source, tmp_path / "q", "--size", "1MB", *small, "--dry-run", "--json")
+    assert 0.98e6 < json.loads(out)["plan"]["output_bytes"] <= 1e6
+    assert not list(tmp_path.iterdir())
+
+
 def test_wider_scale_vectors_are_stored_and_counted(run, source, tmp_path, small):
     stored = {}
     for dtype in ("float16", "float32"):
@@ -225,6 +238,9 @@ def test_verify(run, made, source):
         (["quantize", "{source}", "{out}", "--bits", "2", "--samples", "999999"], "give more text"),
         (["quantize", "{source}", "{out}", "--bits", "2", "--exclude", "*.moe"], "'*.moe' matches no linear"),
         (["quantize", "{source}", "{out}", "--bits", "2", "--layout", "spiral"], "expected a layout out of"),
+        (["quantize", "{source}", "{out}", "--stored-bits", "2"], "expected a target of at least"),
+        (["quantize", "{source}", "{out}", "--recipe", "{file}"], "expected tables [[groups]]"),
+        (["quantize", "{source}", "{out}", "--recipe", "/no.toml"], "/no.toml: expected a recipe file"),
         (["eval", "{file}"], "expected a model folder"),
         (["eval", "{source}", "--text", "/no.txt"], "/no.txt: expected a text file"),
         (["inspect", "{source}"], "expected an eightfold checkpoint"),
@@ -255,6 +271,11 @@ def test_traceback_on_demand(source):
         [],
         ["quantize", "model", "out"],
         ["quantize", "model", "out", "--bits", "9"],
+        ["quantize", "model", "out", "--bits", "1.5"],
+        ["quantize", "model", "out", "--bits", "2", "--size", "1GB"],
+        ["batch"],
+        ["card"],
+        ["push", "dir"],
         ["quantize", "model", "out", "--bits", "2", "--samples", "0"],
         ["quantize", "model", "out", "--bits", "2", "--shard-size", "big"],
         ["quantize", "model", "out", "--bits", "2", "--max-ratio", "-1"],

@@ -70,7 +70,7 @@ def _run_one(options: Namespace) -> tuple[int, dict[str, Any]]:
 def _run_here(options: Namespace, terminal: Terminal) -> tuple[int, dict[str, Any]]:
     import torch
 
-    from eightfold import commands
+    from eightfold import commands, publishing
     from eightfold.console import quiet_libraries
 
     command = {
@@ -81,6 +81,9 @@ def _run_here(options: Namespace, terminal: Terminal) -> tuple[int, dict[str, An
         "inspect": commands.run_inspect,
         "verify": commands.run_verify,
         "demo": commands.run_demo_command,
+        "batch": publishing.run_batch,
+        "card": publishing.run_card,
+        "push": publishing.run_push,
     }[options.command]
     try:
         with quiet_libraries() if options.command != "inspect" else nullcontext():
@@ -95,6 +98,8 @@ def _sentence(error: BaseException) -> str:
 
 
 def _interrupted(options: Namespace) -> str:
+    if options.command == "batch":
+        return "Stopped: the ledger says what is done; run the same command to go on."
     if options.command != "quantize":
         return "Stopped."
     from eightfold.checkpoint import partial_path

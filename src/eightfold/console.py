@@ -35,6 +35,8 @@ PHASES = {
     "others": "checking other tensors",
     "tensors": "converting tensors",
     "loading": "loading through transformers",
+    "uploading": "uploading",
+    "downloading": "downloading what was uploaded",
 }
 
 

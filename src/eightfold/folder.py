@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "configuration_*.py"]
+DOWNLOADED += ["*.toml", "*.md", "*.tiktoken", "LICENSE*", "NOTICE*"]
 DTYPE_BYTES = (
     dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1)
     | dict.fromkeys(("U16", "I16", "F16", "BF16"), 2)

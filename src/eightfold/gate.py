@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,16 +10,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from eightfold.calibration import tokens_sha256
+from eightfold.checkpoint import MANIFEST
 from eightfold.evaluate import EvalResult, NotFiniteError, evaluate
+from eightfold.files import measure, read_json, sync, to_json
 from eightfold.folder import ModelFolder
 
 if TYPE_CHECKING:
     from eightfold.preflight import Plan
 
 # Perplexity may grow by this factor at a nominal rate, a mean one rounded down (from 4 bits on by the last); more is
-# called broken. Small models
-# lose most: a 3M one doubles its perplexity at 2 bits, a 47M one loses an eighth.
+# called broken. Small models lose most: a 3M one doubles its perplexity at 2 bits, a 47M one loses an eighth.
 MAX_RATIO = {2: 4.0, 3: 2.0, 4: 1.5}
+EVALUATION = "evaluation.json"  # what the gate found, in the checkpoint
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 32
 LEAST_DISTINCT = 4  # different tokens that one sampled continuation, at least, must have
 
@@ -52,7 +56,37 @@ def judge(plan: Plan, made: Path, phase: Any, advance: Any) -> Verdict:
     """Evaluate the checkpoint in `made` against the original on held-out text, and sample from it.
 
     `phase(name, steps)` and `advance(steps)` are told of the progress. Logits that are not finite fail the gate, too.
+    What was found is written into the checkpoint, for its model card.
     """
+    verdict = _verdict(plan, made, phase, advance)
+    text = plan.request.eval_text
+    content = {
+        "text": {
+            "source": "bundled" if text is None else Path(text).name,
+            "sha256": tokens_sha256(plan.held_out),
+        },
+        "seqlen": plan.held_out.shape[1],
+        "device": plan.decoder.device.type,
+        "dtype": str(plan.decoder.dtype).removeprefix("torch."),
+    }
+    (made / EVALUATION).write_text(to_json(_without_infinity(content | verdict.to_dict())), encoding="utf-8")
+    manifest = read_json(made / MANIFEST)
+    files = manifest["files"] | {EVALUATION: measure(made / EVALUATION)}
+    manifest["files"] = dict(sorted(files.items()))
+    (made / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
+    for path in (made / EVALUATION, made / MANIFEST, made):
+        sync(path)
+    return verdict
+
+
+def _without_infinity(value: Any) -> Any:
+    """`value` with null for numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {key: _without_infinity(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _verdict(plan: Plan, made: Path, phase: Any, advance: Any) -> Verdict:
     request, decoder, windows = plan.request, plan.decoder, plan.held_out
     done = 0
 

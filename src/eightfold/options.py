@@ -37,6 +37,11 @@ def make_parser(kind: type[ArgumentParser] = ArgumentParser) -> ArgumentParser:
     verify.add_argument("--against", metavar="MODEL", help="the original model: compare weights with it")
     demo = commands.add_parser("demo", parents=[every], help="quantize the bundled model at 2, 3, 4 bits and report")
     demo.add_argument("--out", default="demo-report", metavar="DIR", help="folder of the report (default: %(default)s)")
+    _add_batch(commands.add_parser("batch", parents=[every], help="quantize the models of a list, and upload them"))
+    card = commands.add_parser("card", parents=[every], help="write the model card of a checkpoint")
+    _add_card(card)
+    card.add_argument("--repo", metavar="REPO", help="the repository that the card will lie in, for its examples")
+    _add_push(commands.add_parser("push", parents=[every, runs], help="upload a checkpoint to the hub, and try it"))
     return parser
 
 
@@ -98,6 +103,27 @@ def _add_eval(parser: ArgumentParser) -> None:
     add("--text", metavar="FILE", help="text file, .jsonl or folder of these (default: the bundled evaluation text)")
     add("--seqlen", type=_count, default=1024, metavar="N", help="tokens of a window (default: %(default)s)")
     add("--windows", type=_count, metavar="N", help="at most so many windows (default: all of the text)")
+
+
+def _add_batch(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("jobs", metavar="JOBS.toml", help="the list (docs/batch.md)")
+    add("--only", nargs="+", metavar="NAME", help="these jobs alone: names or patterns")
+    add("--resume", action=BooleanOptionalAction, default=True, help="go on where jobs were interrupted")
+    add("--dry-run", action="store_true", help="say what each would take and give, and stop")
+
+
+def _add_card(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("dir", metavar="DIR", help="an eightfold checkpoint")
+    add("--base", metavar="MODEL", help="the original model, whose card says its licence (default: what DIR names)")
+    add("--license", metavar="ID", help="the licence, where the original's card does not say it: apache-2.0")
+
+
+def _add_push(parser: ArgumentParser) -> None:
+    _add_card(parser)
+    parser.add_argument("to", metavar="REPO", help="the repository on the hub: USER/NAME")
+    parser.add_argument("--public", action="store_true", help="make it public once it has passed the smoke test")
 
 
 def _count(text: str) -> int:

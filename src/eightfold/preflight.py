@@ -309,7 +309,7 @@ def _provenance(request: Request, origin: dict[str, Any], dtype: torch.dtype) ->
     rates = "recipe" if target is None else target.to_dict()
     return {
         "eightfold": eightfold.__version__,
-        "base_model": Path(request.model).name,
+        "base_model": Path(request.model).name if Path(request.model).is_dir() else request.model,
         "calibration": origin,
         "rates": rates,
         "layout": request.layout,

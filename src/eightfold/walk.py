@@ -57,7 +57,7 @@ class Walk:
         self.batches = range(bounds[own.start], bounds[own.stop])
         self.later = Later(self.decoder.device)
         self.beside = ThreadPoolExecutor(1)  # writes the last layer
-        self.writing: Future[dict[str, Any]] | None = None
+        self.writing: Future[None] | None = None
 
     @torch.no_grad()
     @single_threaded()  # but for what goes through ordered_map, so that the bytes do not depend on threads
@@ -189,18 +189,18 @@ class Walk:
         if workspace is None:  # another process writes
             return
 
-        def write() -> dict[str, Any]:
+        def write() -> None:
             tensors: dict[str, Tensor] = {}
             for linear, quantized in found.items():
                 tensors |= quantized.packed.to("cpu").tensors(linear)
             workspace.save_layer(i, tensors, record)
-            return record
 
         self.writing = self.beside.submit(write)
+        self.listener.layer(record)
 
     def _wait_for_writing(self) -> None:
         if self.writing is not None:
-            self.listener.layer(self.writing.result())
+            self.writing.result()
         self.writing = None
 
     def _read_back(self, i: int) -> dict[str, PackedWeight]:
