@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -36,3 +38,13 @@ def found(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
 def test_vllm(found, name):
     assert name in found
     assert found[name] is None, found[name]
+
+
+def test_the_entry_point():
+    """vLLM finds the plugin by this name; importing it imports no vLLM."""
+    project = tomllib.loads((HERE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (target,) = project["entry-points"]["vllm.general_plugins"].values()
+    module, _, function = target.partition(":")
+    assert callable(getattr(import_module(module), function))
+    (needed,) = project["optional-dependencies"]["vllm"]
+    assert needed == "vllm>=0.25.1,<0.26"

@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import TestCase
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from models import write_model
 from packing import random_packed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, SmolLM3Config
 from vllm.config import set_current_vllm_config
 from vllm.config.lora import LoRAConfig
 from vllm.distributed import parallel_state
@@ -59,6 +60,7 @@ MODELS = {
     "MistralForCausalLM": ("mistral", "MistralForCausalLM"),
     "Gemma3ForCausalLM": ("gemma3", "Gemma3ForCausalLM"),
     "Phi3ForCausalLM": ("phi3", "Phi3ForCausalLM"),
+    "SmolLM3ForCausalLM": ("transformers", "TransformersForCausalLM"),
 }
 TOLERANCE = 0.01  # of bfloat16 and float16 outputs, relative
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
@@ -237,6 +239,18 @@ def case_gemma3() -> None:
 
 def case_phi3_merged_in_the_files() -> None:
     models_of("phi3")
+
+
+def case_a_model_that_vllm_takes_from_transformers() -> None:
+    """SmolLM3 is none of vLLM's own: it puts its linears into transformers' model, q, k and v apart."""
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape |= {"num_hidden_layers": 2, "vocab_size": 1000}
+    config = SmolLM3Config(**shape, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    source = WORK / "source-smollm3"
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(source)
+    packed = checkpoint(source, WORK / "quantized-smollm3", 1, {"": 3})
+    with engine(WORK / "quantized-smollm3") as config:
+        assert check_layers(load(config), packed) == 2 * 6
 
 
 def case_every_rank_of_1_2_4_8() -> None:
@@ -526,6 +540,19 @@ def case_glq_powers_of_two() -> None:
 
 def case_glq_shells_and_biases() -> None:
     glq_of("qwen2", Recipe("e8_shell", bits=(3, 4)), zero=True)
+
+
+def case_another_package_keeps_the_name_glq() -> None:
+    """Unless it is ours, what is registered under GLQ's name stays."""
+    ours = vllm_plugin._ours.copy()
+    vllm_plugin._ours.clear()
+    try:
+        with TestCase().assertLogs("eightfold.vllm_plugin", "WARNING") as seen:
+            vllm_plugin.register()
+        assert "are served by another package" in seen.output[0]
+        assert not vllm_plugin._ours
+    finally:
+        vllm_plugin._ours.extend(ours)
 
 
 def prepare() -> None:

@@ -57,7 +57,7 @@ class Walk:
         self.batches = range(bounds[own.start], bounds[own.stop])
         self.later = Later(self.decoder.device)
         self.beside = ThreadPoolExecutor(1)  # writes the last layer
-        self.writing: Future[dict[str, Any]] | None = None
+        self.writing: tuple[Future[None], dict[str, Any]] | None = None
 
     @torch.no_grad()
     @single_threaded()  # but for what goes through ordered_map, so that the bytes do not depend on threads
@@ -77,6 +77,7 @@ class Walk:
                 work = twin(layer)  # the layer with what is quantized so far
                 if i in done:
                     self._install(name, work, {n: dequantize(p) for n, p in self._read_back(i).items()})
+                    self.listener.advance(1)
                 else:
                     found = self._quantize_layer(i, layer, work, original, hidden, sensitivity)
                     self._save(i, name, found, start)
@@ -84,7 +85,7 @@ class Walk:
                     with self.later.timed("forward"):
                         self._forward(i, layer, original)
                         self._forward(i, work, hidden)
-                self.listener.advance(1)
+            self._wait_for_writing()
             for name in head:
                 self._head(count, name, original, hidden)
             self.later.settle()
@@ -189,18 +190,22 @@ class Walk:
         if workspace is None:  # another process writes
             return
 
-        def write() -> dict[str, Any]:
+        def write() -> None:
             tensors: dict[str, Tensor] = {}
             for linear, quantized in found.items():
                 tensors |= quantized.packed.to("cpu").tensors(linear)
             workspace.save_layer(i, tensors, record)
-            return record
 
-        self.writing = self.beside.submit(write)
+        self.writing = self.beside.submit(write), record
 
     def _wait_for_writing(self) -> None:
+        """Until the last layer is on the disk; then, not before, it is told of."""
         if self.writing is not None:
-            self.listener.layer(self.writing.result())
+            writing, record = self.writing
+            writing.result()
+            self.listener.layer(record)
+            if record["layer"] in self.decoder.layer_names:
+                self.listener.advance(1)
         self.writing = None
 
     def _read_back(self, i: int) -> dict[str, PackedWeight]:
