@@ -9,7 +9,7 @@ import logging
 import random
 import re
 from functools import cache
-from itertools import chain, pairwise
+from itertools import chain, pairwise, product
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -255,7 +255,7 @@ def matvec_bytes(chosen, units: int, tiles: int, tokens: int) -> int:
 
 
 def test_constants_are_those_of_the_kernels():
-    names = matvec_constants(variant(Stages(2, 0), 2, 232448, True))
+    names = matvec_constants(variant(Stages(2, 0), 2, 232448, True, False))
     ours = {"SEGMENT": UNIT, "MAX_RUNS": MAX_RUNS, "MAX_SLICES": MAX_SLICES, "MAX_SLICE": MAX_SLICE}
     assert {name: names[name] for name in ours} == ours
     assert names["ALONE"] == ALONE_TOKENS
@@ -469,7 +469,7 @@ def test_warps_hold_every_segment_of_a_slice(columns, shards, shared):
     """matvec rotates a token with Values<GROUP>: room for as many segments of 256 as a slice of one run can have."""
     blocks = flat(layout_blocks(columns, "pow2-sum-256", IN_FLOOR, shards))
     for tiles in (1, 2):
-        chosen = variant(Stages(1, 1), tiles, shared, True)
+        chosen = variant(Stages(1, 1), tiles, shared, True, True)
         plan = plan_of(blocks, 4096, chosen, shared)
         assert not plan.alone or warp_segments(blocks, plan) <= warp_room(chosen)
 
@@ -482,7 +482,7 @@ def test_slices_start_at_codes():
 
 
 def test_no_plan_is_an_error_of_its_own():
-    chosen = variant(Stages(4, 0), 4, 101376, False)
+    chosen = variant(Stages(4, 0), 4, 101376, False, False)
     with pytest.raises(UnsupportedLayoutError, match=r"slices that fit 8192 bytes.*got 4096 columns in blocks"):
         make_plan((256, 16), 4096, chosen, 16, 128, 8192)
     with pytest.raises(UnsupportedLayoutError):  # no multiple of 64 for longer than a slice
@@ -490,7 +490,7 @@ def test_no_plan_is_an_error_of_its_own():
 
 
 def test_plans_use_the_whole_device():
-    chosen = variant(Stages(1, 0), 1, 232448, True)
+    chosen = variant(Stages(1, 0), 1, 232448, True, False)
     plan = make_plan((256, 16), 4096, chosen, 1, 132, 232448)
     assert plan.count * plan.ctas >= 132
     assert make_plan((256, 16), 4096, chosen, 1, 132, 232448) is plan
@@ -504,6 +504,7 @@ def test_variants(shared):
         assert all(macro in macros for macro in chosen.defines)
         assert chosen.tokens == 4 * chosen.tiles >= CLASS_OF[chosen.tiles]
         assert chosen.copies == (32 if shared > 160 * 1024 else 1)
+        assert chosen.e81b_copies == chosen.copies or (chosen.ctas, chosen.e81b_copies) == (2, 16)
         assert 32 * chosen.warps * chosen.ctas <= 1024
         assert min(chosen.rows, chosen.depth) >= 1
         if chosen.tiles < 4:  # warps share the tokens that they rotate evenly
@@ -512,9 +513,10 @@ def test_variants(shared):
 
 
 @pytest.mark.parametrize("shared", DEVICES)
-def test_variants_are_what_the_host_asks_for(gpu, shared):
+def test_variants_are_what_the_host_asks_for(gpu, shared, monkeypatch):
     gpu.shared, asked = shared, set()
-    for bits in BITS:
+    for bits, most in product(BITS, (planning.FEW_WEIGHTS, 0)):
+        monkeypatch.setattr(planning, "FEW_WEIGHTS", most)
         packed = packed_for(bits=bits)
         weights = weight_of(packed), weight_of(packed_for(200, 72, bits, (64, 8)))
         assert [weight.aligned for weight in weights] == [True, False]
@@ -523,7 +525,7 @@ def test_variants_are_what_the_host_asks_for(gpu, shared):
 
 
 def test_copies_of_the_tables_go_by_shared_memory():
-    found = {kib: variant(Stages(2, 0), 1, kib * 1024, True).copies for kib in (99, 159, 160, 163, 227)}
+    found = {kib: variant(Stages(2, 0), 1, kib * 1024, True, False).copies for kib in (99, 159, 160, 163, 227)}
     assert found == {99: 1, 159: 1, 160: 32, 163: 32, 227: 32}
 
 
@@ -741,7 +743,8 @@ def pitch(weight, finished: bool) -> int:
 def launched_plan(launch, x, weight, bias, shared) -> Plan:
     """That of a launch of matvec, whose parameters and shared memory are checked."""
     p, stages, tokens = launch.p, weight.stages.count, len(x)
-    chosen = variant(weight.stages, 1 if tokens == 1 else 2 if tokens <= 8 else 4, shared, weight.aligned)
+    few = weight.padded_out * weight.padded_in <= planning.FEW_WEIGHTS
+    chosen = variant(weight.stages, 1 if tokens == 1 else 2 if tokens <= 8 else 4, shared, weight.aligned, few)
     plan = plan_of(weight.in_blocks, weight.padded_out, chosen, shared)
     check_plan(plan, weight.in_blocks, weight.padded_out, chosen, shared)
     assert (launch.defines, launch.shared) == (chosen.defines, chosen.shared_limit(shared))

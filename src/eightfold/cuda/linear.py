@@ -36,9 +36,11 @@ from eightfold.cuda.plan import (
     Variant,
     block_count,
     check,
+    is_few,
     make_plan,
     pack_borders,
     pack_runs,
+    runs,
     variant,
 )
 from eightfold.cuda.rotate import (
@@ -86,8 +88,9 @@ def takes(weight: Weight) -> bool:
 def _takes(stages: Stages, rows: int, in_blocks: tuple[int, ...], out_blocks: tuple[int, ...], device: int) -> bool:
     try:
         check(stages, rows, in_blocks, out_blocks)
+        few = is_few(rows, runs(in_blocks)[-1][1])
         for tokens in () if stages.shells else CLASSES:  # with aligned codes, which take more shared memory
-            chosen = variant(stages, _tiles(tokens), max_shared(device), True)
+            chosen = variant(stages, _tiles(tokens), max_shared(device), True, few)
             make_plan(in_blocks, rows, chosen, tokens, sm_count(device), max_shared(device))
     except UnsupportedLayoutError as error:
         _LOG.warning("A linear is decoded before use, the kernels do not take it: %s", error)
@@ -236,7 +239,8 @@ def _tiles(tokens: int) -> int:
 
 
 def _variant(weight: Weight, tokens: int, device: int) -> Variant:
-    return variant(weight.stages, _tiles(tokens), max_shared(device), weight.aligned)
+    few = is_few(weight.padded_out, weight.padded_in)
+    return variant(weight.stages, _tiles(tokens), max_shared(device), weight.aligned, few)
 
 
 def _plan(weight: Weight, chosen: Variant, tokens: int, device: int) -> Plan:

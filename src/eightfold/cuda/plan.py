@@ -22,6 +22,7 @@ ALONE_TOKENS = 8  # most tokens that matvec rotates by itself; from two on, four
 RESERVED = 1024  # bytes of shared memory that CUDA keeps of every CTA
 MANY_COPIES = 160 << 10  # bytes of shared memory from which the decode tables have a copy for every lane
 TWO_CTAS = 224 << 10  # and from which two CTAs with such tables share a multiprocessor
+FEW_WEIGHTS = 90_000_000  # up to which launches that overlap matter more than lookups without conflicts
 
 
 class UnsupportedLayoutError(ValueError):
@@ -75,7 +76,8 @@ def stages_of(order: tuple[int, ...]) -> Stages:
 @dataclass(frozen=True, slots=True)
 class Variant:
     """One compiled matvec: `tiles` of four tokens each, units of `rows` tiles of weights, `warps` of a CTA, `ctas` that
-    share a multiprocessor, `depth` units of weights copied ahead, `copies` of the decode tables, `aligned` codes."""
+    share a multiprocessor, `depth` units of weights copied ahead, `copies` of the decode tables, `e81b_copies` of that
+    of E81B, `aligned` codes."""
 
     stages: Stages
     tiles: int
@@ -84,6 +86,7 @@ class Variant:
     ctas: int
     depth: int
     copies: int
+    e81b_copies: int
     aligned: bool
 
     @property
@@ -101,6 +104,7 @@ class Variant:
             "CTAS": self.ctas,
             "DEPTH": self.depth,
             "COPIES": self.copies,
+            "E81B_COPIES": self.e81b_copies,
             "ALIGNED": int(self.aligned),
         }
 
@@ -108,7 +112,8 @@ class Variant:
     def fixed_bytes(self) -> int:
         """Shared memory up to the end of the tables and rings, as decode.cuh and matvec.cu lay it out."""
         rings = self.warps * self.depth * self.rows * self.stages.tile_bytes if self.aligned else 0
-        return table_bytes(self.stages, self.copies) + rings
+        spared = 1024 * self.stages.e81b * (self.copies - self.e81b_copies)
+        return table_bytes(self.stages, self.copies) - spared + rings
 
     def shared_limit(self, shared: int) -> int:
         """Shared memory that each of `ctas` CTAs can have where one alone can have `shared` bytes."""
@@ -123,30 +128,42 @@ class Variant:
 
 
 @cache
-def variant(stages: Stages, tiles: int, shared: int, aligned: bool) -> Variant:
-    """The matvec for up to 4 * `tiles` tokens where a CTA can have `shared` bytes of shared memory: what measured
-    fastest on an H200 among those whose warps find their registers (65,536 a multiprocessor) without spilling."""
-    many = shared >= MANY_COPIES
+def variant(stages: Stages, tiles: int, shared: int, aligned: bool, few: bool) -> Variant:
+    """The matvec for up to 4 * `tiles` tokens where a CTA can have `shared` bytes of shared memory, and for `few`
+    weights or more: what measured fastest on an H200 among those whose warps find their registers (65,536 a
+    multiprocessor) without spilling."""
+    many, two = shared >= MANY_COPIES, shared >= TWO_CTAS
+    copies = e81b_copies = 32 if many else 1
     rows = 2 if stages.count * tiles <= 2 and (stages.count == 1 or stages.e81b) else 1
-    if tiles == 1 and shared >= TWO_CTAS and not stages.e81b:
+    if tiles == 1 and two and (not stages.e81b or (few and stages.count == 2)):
         warps, ctas = 8, 2
-    elif many and stages.count * tiles <= (4 if tiles == 2 else 8) and (shared >= TWO_CTAS or not stages.e81b):
+        if stages.e81b:  # lanes meet in this table then, but the next launch fits beside this one
+            e81b_copies = 16
+    elif many and stages.count * tiles <= (4 if tiles == 2 else 8) and (two or not stages.e81b):
         warps, ctas = 16, 1
     else:
         warps, ctas = 8, 1
-    depth = max(1, (4096 if many else 2048) // (rows * stages.tile_bytes))
+    if not aligned and stages.count > 2:  # which loads code after code, and finds no registers otherwise
+        warps, ctas = 8, 1
+    ahead = 4096 if many and stages.count * tiles <= 2 else 2048  # bytes, of a warp
+    depth = max(1, ahead // (rows * stages.tile_bytes))
     for size in ((warps, depth), (warps, 1), (8, 1), (4, 1)):  # until layers of every size have room
-        chosen = Variant(stages, tiles, rows, size[0], ctas, size[1], 32 if many else 1, aligned)
-        if chosen.shared_bytes(MOST_UNITS, rows, chosen.tokens) <= chosen.shared_limit(shared):
+        chosen = Variant(stages, tiles, rows, size[0], ctas, size[1], copies, e81b_copies, aligned)
+        if chosen.shared_bytes(MOST_UNITS, rows, 1 if tiles == 1 else chosen.tokens) <= chosen.shared_limit(shared):
             break
     return chosen
+
+
+def is_few(rows: int, columns: int) -> bool:
+    """Whether a padded weight of such a shape is one of `few` weights."""
+    return rows * columns <= FEW_WEIGHTS
 
 
 def variants(shared: int) -> set[Variant]:
     """Every matvec that some layer could ask for."""
     recipes = [Stages(e8p, e81b) for e8p in range(1, 5) for e81b in (0, 1) if e8p + e81b <= 4]
-    choices = product(recipes, (1, 2, 4), (False, True))
-    return {variant(stages, tiles, shared, aligned) for stages, tiles, aligned in choices}
+    choices = product(recipes, (1, 2, 4), (False, True), (False, True))
+    return {variant(stages, tiles, shared, aligned, few) for stages, tiles, aligned, few in choices}
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,11 @@ constexpr u32 EVEN = 0x0f0f0f0fu, ODD = 0xf0f0f0f0u;
 #ifdef COPIES
 constexpr u32 TABLES = 1024; // absolute shared address: lookups need no base; shared memory of a kernel starts below it
 constexpr u32 ROW_BYTES = 4 * COPIES, TABLE_BYTES = 256 * ROW_BYTES;
-constexpr u32 TABLES_END = TABLES + (2 + E81B_STAGES) * TABLE_BYTES;
+#ifndef E81B_COPIES // half of them leave room for the next launch; then two lanes share a bank
+#define E81B_COPIES COPIES
+#endif
+constexpr u32 E81B_ROW_BYTES = 4 * E81B_COPIES;
+constexpr u32 TABLES_END = TABLES + 2 * TABLE_BYTES + E81B_STAGES * 256 * E81B_ROW_BYTES;
 
 // Nibbles in the order 0, 2, 4, 6, 1, 3, 5, 7: neighbours lie at the same place of either half.
 __device__ __forceinline__ u32 pair_nibbles(u32 word) {
@@ -35,9 +39,12 @@ __device__ __forceinline__ void fill_tables(u8* tables, int threads) {
     u32 word = (kind == 0 ? PATTERNS : kind == 1 ? SIGNS : E81B)[row];
     if (PAIRS) word = pair_nibbles(word);
     if (COPIES == 32) {
+      const int copies = kind == 2 ? E81B_COPIES / 4 : 8; // of 16 bytes
+      u8* const to = tables + (kind == 2 ? 2 * TABLE_BYTES + E81B_ROW_BYTES * row : ROW_BYTES * i);
 #pragma unroll
       for (int k = 0; k < 8; ++k)
-        *reinterpret_cast<uint4*>(tables + ROW_BYTES * i + 16 * ((k + threadIdx.x) & 7)) = make_uint4(word, word, word, word);
+        if (k < copies)
+          *reinterpret_cast<uint4*>(to + 16 * ((k + threadIdx.x) & (copies - 1))) = make_uint4(word, word, word, word);
     } else {
       reinterpret_cast<u32*>(tables)[i] = word;
     }
@@ -48,8 +55,11 @@ __device__ __forceinline__ void fill_tables(u8* tables, int threads) {
 // which are the busier ones, to the logic. `lane4`: 4 * lane, or 0 if there is one copy.
 template <int TABLE, int BYTE>
 __device__ __forceinline__ u32 look_up(u32 word, u32 lane4) {
+  constexpr bool HALF = TABLE == 2 && E81B_COPIES < COPIES;
+  constexpr u32 ROW = HALF ? E81B_ROW_BYTES : ROW_BYTES;
   u32 at, found;
-  asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(at) : "r"(word), "n"(ROW_BYTES << 8 * BYTE), "r"(lane4));
+  asm("dp4a.u32.u32 %0, %1, %2, %3;"
+      : "=r"(at) : "r"(word), "n"(ROW << 8 * BYTE), "r"(HALF ? lane4 & (ROW - 1) : lane4));
   asm("ld.shared.u32 %0, [%1 + %2];" : "=r"(found) : "r"(at), "n"(TABLES + TABLE * TABLE_BYTES));
   return found;
 }

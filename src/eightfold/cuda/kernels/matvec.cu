@@ -10,7 +10,8 @@
 // do not depend on timing, nor on the tokens beside one.
 //
 // Compiled with E8P_STAGES, E81B_STAGES, TILES (of 8 columns: a token is two, its high and low planes), ROWS, WARPS, CTAS
-// (on a multiprocessor), DEPTH, COPIES (of the tables), ALIGNED (whole tiles and steps, 16-byte copies).
+// (on a multiprocessor), DEPTH, COPIES (of the tables), E81B_COPIES (of one of them), ALIGNED (whole tiles and steps,
+// 16-byte copies).
 #include "butterfly.cuh"
 #include "decode.cuh"
 #include "quantize.cuh"
@@ -87,8 +88,8 @@ __device__ __forceinline__ void multiply_step(Sums& sums, const Unit& w, u32 (&x
       }
 #pragma unroll
       for (int n = 0; n < TILES; ++n) {
-        multiply(sums[r][s][0][n], even[0], even[1], even[2], even[3], x[n][0], x[n][2]);
-        multiply(sums[r][s][1][n], odd[0], odd[1], odd[2], odd[3], x[n][1], x[n][3]);
+        multiply(sums[r][s][0][n], even[0], even[1], even[2], even[3], x[n][0], x[n][1]);
+        multiply(sums[r][s][1][n], odd[0], odd[1], odd[2], odd[3], x[n][2], x[n][3]);
       }
     }
 }
@@ -147,7 +148,7 @@ __device__ __forceinline__ void finish(const Params& p, const Piece& piece, int 
   float v[8] = {};
   const float4* partial =
       reinterpret_cast<const float4*>(p.partial + (long long)token * p.pitch + piece.number * SEGMENT + 8 * lane);
-#pragma unroll 2
+#pragma unroll 4
   for (int s = 0; s < p.slices; ++s, partial += (long long)p.tokens * p.pitch / 4) {
     const float4 a = __ldcg(partial), b = __ldcg(partial + 1); // written by other CTAs: not from L1
     v[0] += a.x, v[1] += a.y, v[2] += a.z, v[3] += a.w, v[4] += b.x, v[5] += b.y, v[6] += b.z, v[7] += b.w;
@@ -198,7 +199,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
   int tile = tile0 + ROWS * (u32(first) / units), unit = first - (tile - tile0) / ROWS * units;
   Cursor next = {tile * p.tile_stride, tile, unit};
 #if ALIGNED
-  next.at += (start / 64 + 4 * unit) * p.column_stride;
+  next.at += (start / 64 + 4 * unit) * p.column_stride + first_code(p);
   const u32 ring = RINGS + warp * DEPTH * UNIT_BYTES;
 #pragma unroll
   for (int d = 0; d < DEPTH; ++d) {
@@ -285,7 +286,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     from[j] = u32(__cvta_generic_to_shared(activations)) + j * step + 16 * swizzle(lane, j);
-    asm volatile("" : "+r"(from[j]));
+    if (ALIGNED) asm volatile("" : "+r"(from[j]));
   }
   u32 slot = 0;
 #pragma unroll 1

@@ -2,7 +2,8 @@
 // Activations of a linear as integers: scaled, rotated, and quantized to 16 bits with a scale for each token and slice.
 //
 // An integer is 256 * high + low, both int8. Sixteen coordinates from 256 u + 64 t + 16 j of a slice make, for either
-// plane, one 16-byte word: the even and the odd ones of the first eight, then of the second. At [u][j] lie the words of
+// plane, one 16-byte word: the even ones of the first and the second eight, then the odd ones: two pairs of neighbouring
+// registers, as the mma of even and of odd nibbles want them. At [u][j] lie the words of
 // all tokens, planes and t: that of lane number 4 (2 token + plane) + t, the lane that an mma.m16n8k32 wants it in, at
 // swizzle(lane, j), so that warps which write them and warps which read them find different banks.
 #include "common.cuh"
@@ -10,6 +11,10 @@
 constexpr int MAX_SLICE = 4096; // coordinates
 // Largest |integer|: with it the high plane, (i + 128) >> 8, stays within 8 bits.
 constexpr float TOP = 32600.f;
+// 1.5 * 2^23: added to a small number, it leaves that rounded to an integer in the last bits, in one instruction where
+// conversions go at a quarter of the speed.
+constexpr float MAGIC = 12582912.f;
+constexpr u32 MAGIC_BITS = 0x4b400000u;
 
 __device__ __forceinline__ int swizzle(int lane, int j) { return lane ^ j ^ (j & 1) << 2; }
 
@@ -39,6 +44,18 @@ struct Input {
   }
 };
 
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+  float found;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(found) : "f"(a), "f"(b));
+  return found;
+}
+// Byte BYTE of each.
+template <int BYTE>
+__device__ __forceinline__ u32 pick(u32 a, u32 b, u32 c, u32 d) {
+  constexpr u32 TWO = BYTE | (4 + BYTE) << 4;
+  return __byte_perm(__byte_perm(a, b, TWO), __byte_perm(c, d, TWO), 0x5410);
+}
+
 // Quantize one slice of one token, if there is one of that number, into its planes; returns the scale. By all threads of
 // the CTA. reduced[0], the largest magnitude, and reduced[1], the sum of the integers, are zero before; the sum is there
 // after the caller's next barrier.
@@ -46,13 +63,14 @@ template <class V>
 __device__ __forceinline__ float quantize(const V& values, int length, uint4* planes, int tokens, int token,
                                           u32* reduced) {
   const int lane = threadIdx.x & 31;
-  u32 largest = 0; // bits of magnitudes compare like values, and NaN is above infinity
+  float most = 0;
 #pragma unroll
   for (int s = 0; s < values.COUNT; ++s)
 #pragma unroll
     for (int i = 0; i < 8; ++i)
-      if (values.at[s] >= 0) largest = max(largest, __float_as_uint(values.v[s][i]) & 0x7fffffffu);
-  largest = __reduce_max_sync(0xffffffffu, largest);
+      if (values.at[s] >= 0) most = max_or_nan(most, fabsf(values.v[s][i]));
+  // Bits of magnitudes compare like values, and NaN is above infinity.
+  u32 largest = __reduce_max_sync(0xffffffffu, __float_as_uint(most));
   if (lane == 0) atomicMax(reduced, largest);
   __syncthreads();
   if (token >= tokens) return 0;
@@ -60,30 +78,37 @@ __device__ __forceinline__ float quantize(const V& values, int length, uint4* pl
   const float top = __uint_as_float(largest);
   const bool usable = top > 1e-30f && largest < 0x7f800000u;
   const float inverse = usable ? TOP / top : 0.f;
-  const auto store = [&](int k, const uint2& high, const uint2& low) { // even, odd
+  const auto store = [&](int k, const u32 (&even)[2], const u32 (&odd)[2]) { // of the high and the low plane
     const int unit = k >> 8, j = k >> 4 & 3, lane = 8 * token + (k >> 6 & 3);
-    uint2* const at = reinterpret_cast<uint2*>(planes + (unit * 4 + j) * 8 * tokens) + (k >> 3 & 1);
-    at[2 * swizzle(lane, j)] = high;
-    at[2 * swizzle(lane + 4, j)] = low;
+    u32* const at = reinterpret_cast<u32*>(planes + (unit * 4 + j) * 8 * tokens) + (k >> 3 & 1);
+#pragma unroll
+    for (int plane = 0; plane < 2; ++plane) {
+      at[4 * swizzle(lane + 4 * plane, j)] = even[plane];
+      at[4 * swizzle(lane + 4 * plane, j) + 2] = odd[plane];
+    }
   };
-  int sum = 0;
+  u32 sum = 0;
 #pragma unroll
   for (int s = 0; s < values.COUNT; ++s)
     if (values.at[s] >= 0) {
-      u32 words[4] = {}; // of the high plane even, odd; of the low one
+      u32 low[8], high[8]; // integers, whose first byte is the low plane; 128 more, whose second is the high one
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const int integer = __float2int_rn(values.v[s][i] * inverse);
-        words[i & 1] |= u32((integer + 128) >> 8 & 255) << (i / 2 * 8);
-        words[2 + (i & 1)] |= u32(integer & 255) << (i / 2 * 8); // low: the rest, which has the same last bits
-        sum += integer;
+        low[i] = __float_as_uint(__fmaf_rn(values.v[s][i], inverse, MAGIC));
+        high[i] = low[i] + 128;
+        sum += low[i];
       }
-      store(values.at[s], make_uint2(words[0], words[1]), make_uint2(words[2], words[3]));
+      sum -= 8 * MAGIC_BITS;
+      u32 even[2], odd[2];
+      even[0] = pick<1>(high[0], high[2], high[4], high[6]), odd[0] = pick<1>(high[1], high[3], high[5], high[7]);
+      even[1] = pick<0>(low[0], low[2], low[4], low[6]), odd[1] = pick<0>(low[1], low[3], low[5], low[7]);
+      store(values.at[s], even, odd);
     }
+  constexpr u32 NONE[2] = {};
   for (int k = length + 8 * (threadIdx.x % V::THREADS_A_TOKEN); k < (length + SEGMENT - 1) / SEGMENT * SEGMENT;
        k += 8 * V::THREADS_A_TOKEN)
-    store(k, make_uint2(0, 0), make_uint2(0, 0));
+    store(k, NONE, NONE);
   sum = __reduce_add_sync(0xffffffffu, sum);
-  if (lane == 0) atomicAdd(reduced + 1, u32(sum));
+  if (lane == 0) atomicAdd(reduced + 1, sum);
   return largest >= 0x7f800000u ? __uint_as_float(0x7fffffffu) : usable ? top / TOP : 0.f;
 }

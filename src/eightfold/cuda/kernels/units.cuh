@@ -30,28 +30,30 @@ __device__ __forceinline__ void advance(Cursor& c, int units, const Params& p) {
 #if ALIGNED
 // A lane copies 64 columns of one row at a time, of the row lane % 16, so that a warp reads consecutive memory. They lie in
 // shared memory by steps of 64 columns, then rows; the rows of a step are exchanged so that the lanes (g, t) that read
-// together, a row or two of every step, find theirs in different banks. `steps`: of 64 columns that the unit has; outside
-// of the slice the activations are zeros, so that whatever is there will do.
+// together, a row or two of every step, find theirs in different banks.
+__device__ __forceinline__ u32 first_code(const Params& p) { // where a lane starts in a unit
+  return (threadIdx.x & 15) * p.row_stride + (threadIdx.x >> 4 & 1) * p.column_stride;
+}
+// The cursor starts at the lane's first code. `steps`: of 64 columns that the unit has. Outside of the slice the activations
+// are zeros and sums beyond the CTA's `tiles` are not used, so that codes which are there already do in place of those.
 __device__ __forceinline__ void copy_unit(u32 to, const Params& p, const Cursor& c, int tiles, int steps) {
   const u32 lane = threadIdx.x & 31, row = lane & 15;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int step = (lane >> 4) + 2 * h;
-    const u32 at = c.at + step * p.column_stride + row * p.row_stride;
-    if (step < steps)
+    const u32 step = (lane >> 4) + 2 * h;
+    const u32 at = int(step) < steps ? c.at + 2 * h * p.column_stride : c.at - (lane >> 4) * p.column_stride;
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r)
-        if (c.tile + r < tiles) {
-          const u32 code = at + r * p.tile_stride, tile = to + r * TILE_BYTES;
+    for (int r = 0; r < ROWS; ++r) {
+      const u32 code = r == 0 || c.tile + r < tiles ? at + r * p.tile_stride : at, tile = to + r * TILE_BYTES;
 #pragma unroll
-          for (int s = 0; s < E8P_STAGES; ++s)
-            copy_async<16>(tile + s * E8P_BYTES + 256 * step + (16 * row ^ 32 * step),
-                           static_cast<const u8*>(p.codes[s]) + 2ull * code);
+      for (int s = 0; s < E8P_STAGES; ++s)
+        copy_async<16>(tile + s * E8P_BYTES + 256 * step + (16 * row ^ 32 * step),
+                       static_cast<const u8*>(p.codes[s]) + 2ull * code);
 #pragma unroll
-          for (int s = 0; s < E81B_STAGES; ++s)
-            copy_async<8>(tile + E8P_STAGES * E8P_BYTES + s * E81B_BYTES + 128 * step + (8 * row ^ 32 * step),
-                          static_cast<const u8*>(p.codes[E8P_STAGES + s]) + code);
-        }
+      for (int s = 0; s < E81B_STAGES; ++s)
+        copy_async<8>(tile + E8P_STAGES * E8P_BYTES + s * E81B_BYTES + 128 * step + (8 * row ^ 32 * step),
+                      static_cast<const u8*>(p.codes[E8P_STAGES + s]) + code);
+    }
   }
 }
 __device__ __forceinline__ void read_unit(Unit& w, u32 from) {
