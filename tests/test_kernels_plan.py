@@ -23,7 +23,7 @@ from eightfold.cuda import linear as host
 from eightfold.cuda import plan as planning
 from eightfold.cuda import rotate as rotations
 from eightfold.cuda.compiler import KERNELS
-from eightfold.cuda.gemm import LEAST_WGMMA, MOST_GEMM, MOST_WGMMA
+from eightfold.cuda.gemm import LEAST_WGMMA, MOST_GEMM, MOST_OVERLAP, MOST_WGMMA
 from eightfold.cuda.gemm_plan import FEW_ROWS, GEMM_TOKENS, WGMMA_TOKENS, gemm_variant, share_steps, wgmma_variant
 from eightfold.cuda.linear import MOST_FINISHED, MOST_MATVEC
 from eightfold.cuda.plan import (
@@ -902,12 +902,13 @@ def check_product(gpu, packed, weight, x, y, chosen, tokens, n=208, k=960) -> ct
     assert (p.tokens, p.columns, p.rows, p.slices) == (tokens, k, n, slices)
     assert (first.p.x, first.p.x_stride, first.p.x_dtype, first.p.y_dtype) == (address(x), k, 1, 0)
     assert (first.p.begin, first.p.end, first.p.bias) == (0, k, 0)
-    check_rotate(first, gpu, packed.scale_in, weight.in_blocks, tokens, tiled)
+    early = tiled and tokens <= MOST_OVERLAP
+    check_rotate(first, gpu, packed.scale_in, weight.in_blocks, tokens, early)
     assert (last.p.x_stride, last.p.begin, last.p.end) == (n, 0, n)
     assert (last.p.y, last.p.y_dtype, last.p.divisors) == (address(y), 1, first.p.divisors)
     bias = packed.bias
     assert (last.p.bias, last.p.bias_dtype) == (0 if bias is None else address(bias), 0 if bias is None else 1)
-    check_rotate(last, gpu, packed.scale_out, weight.out_blocks, tokens, tiled, slices)
+    check_rotate(last, gpu, packed.scale_out, weight.out_blocks, tokens, early, slices)
     assert last.p.x_dtype == (0 if slices == 1 and chosen.source == "wgmma" else 2)
     return p
 

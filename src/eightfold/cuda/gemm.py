@@ -26,6 +26,7 @@ from eightfold.cuda.weight import Weight
 
 MOST_GEMM, MOST_WGMMA = 256, 2048  # tokens up to which each beats decoding the weight for cuBLAS
 LEAST_WGMMA = 64  # tokens up to which gemm is as fast as wgmma
+MOST_OVERLAP = 256  # tokens up to which rotations are so short that beginning early matters more than even shares
 _CHUNK_BYTES = 512 << 20  # of float16 activations on both sides of a product
 
 
@@ -51,13 +52,15 @@ def _product(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
     chosen = choose(weight, tokens, device)
     tiles = -(-tokens // chosen.tokens)
     tile = chosen.tokens if isinstance(chosen, Wgmma) else 0
+    # CTAs that begin while others still run pile up on the first multiprocessors that become free.
+    overlap = weight.tiled and tokens <= MOST_OVERLAP
     rotated = x.new_empty(tiles * tile or tokens, weight.padded_in, dtype=torch.float16)
     divisors = x.new_empty(tokens, dtype=torch.float32)
-    side = Side(weight.scale_in, None, weight.in_blocks, weight.tiled, tile)
+    side = Side(weight.scale_in, None, weight.in_blocks, overlap, tile)
     rotate_input(x, side, rotated, divisors, stream)
     sums = _multiply(rotated, tokens, weight, chosen, stream)
     source = Rows(sums.data_ptr(), weight.padded_out, DTYPES[sums.dtype], tokens, len(sums))
-    side = Side(weight.scale_out, bias, weight.out_blocks, weight.tiled)
+    side = Side(weight.scale_out, bias, weight.out_blocks, overlap)
     rotate_output(source, side, y, divisors.data_ptr(), (0, weight.padded_out), stream)
 
 
