@@ -51,7 +51,8 @@ def test_shapes_and_strides() -> None:
     assert torch.equal(rotate(x.transpose(0, 1), [32, 16]), y.transpose(0, 1))
     assert torch.allclose(rotate(x.transpose(0, 2).contiguous().transpose(0, 2), [32, 16]), y)
     assert rotate(x[:0], [32, 16]).shape == (0, 4, 48)
-    assert torch.equal(rotate(x[0, 0], [32, 16]), y[0, 0])
+    # Not to the bit: on some CPUs the product of one row takes another kernel of the BLAS than that of many.
+    torch.testing.assert_close(rotate(x[0, 0], [32, 16]), y[0, 0], rtol=0, atol=4e-15)
 
 
 def test_another_size_is_refused() -> None:
