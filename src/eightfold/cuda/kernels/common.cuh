@@ -39,6 +39,11 @@ __device__ __forceinline__ u32 bfloat_pair(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
 }
+__device__ __forceinline__ u32 half_pair(float low, float high) {
+  u32 pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
 __device__ __forceinline__ float load_as_float(const void* p, long long i, int dtype) {
   if (dtype == FLOAT32) return static_cast<const float*>(p)[i];
   const u16 bits = static_cast<const u16*>(p)[i];
@@ -63,7 +68,7 @@ __device__ __forceinline__ uint4 pack8(const float (&v)[8], int dtype) {
   u32 w[4];
   if (dtype == FLOAT16) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w[k]) : "f"(v[2 * k + 1]), "f"(v[2 * k]));
+    for (int k = 0; k < 4; ++k) w[k] = half_pair(v[2 * k], v[2 * k + 1]);
   } else {
 #pragma unroll
     for (int k = 0; k < 4; ++k) w[k] = bfloat_pair(v[2 * k], v[2 * k + 1]);

@@ -69,18 +69,10 @@ struct Params {
 
 // d [16 rows of each warp, TOKENS] = (add ? d : 0) + a [these rows, 16 columns] times b, of which a descriptor is given.
 __device__ __forceinline__ void start_mma(float (&d)[SUMS], const u32 (&a)[4], u64 b, int add) {
-#if TOKENS == 8
-  WGMMA(8, NAMES4, D4(0), 4, 5, 6, 7, 8, 9);
-#elif TOKENS == 16
-  WGMMA(16, NAMES8, D8(0), 8, 9, 10, 11, 12, 13);
-#elif TOKENS == 32
-  WGMMA(32, NAMES16, D16(0), 16, 17, 18, 19, 20, 21);
-#elif TOKENS == 64
-  WGMMA(64, NAMES32, D32(0), 32, 33, 34, 35, 36, 37);
-#elif TOKENS == 128
+#if TOKENS == 128
   WGMMA(128, NAMES64, D64(0), 64, 65, 66, 67, 68, 69);
 #else
-  static_assert(TOKENS == 256, "a tile of 8, 16, 32, 64, 128 or 256 tokens");
+  static_assert(TOKENS == 256, "a tile of 128 or 256 tokens");
   WGMMA(256, NAMES128, D128(0), 128, 129, 130, 131, 132, 133);
 #endif
 }
@@ -197,11 +189,6 @@ __device__ __forceinline__ u32 transpose(u32 pair) { // of 8 x 8 numbers of 16 b
   u32 transposed;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
   return transposed;
-}
-__device__ __forceinline__ u32 half_pair(float low, float high) {
-  u32 pair;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
 }
 
 // A warp's sums of a row tile: of logical row g of a tile of 16 is row 2 g of the weight, of row g + 8 row 2 g + 1.
