@@ -20,7 +20,7 @@ def small_text(folder: Path) -> Path:
     return file
 
 
-def small_request(model: Path, out: Path, bits: int = 2, **more: Any) -> Request:
+def small_request(model: Path, out: Path, bits: float | None = 2, **more: Any) -> Request:
     """A request that any tiny model passes within seconds; a random model's perplexity says nothing."""
     text = str(small_text(out.parent))
     small: dict[str, Any] = {"calibration": text, "eval_text": text, "samples": 4, "seqlen": 32, "eval_windows": 2}

@@ -51,6 +51,7 @@ def test_quantizing_gives_the_losses_of_the_cpu(family: str) -> None:
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.02)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # of that mode itself
 def test_a_group_is_queued_without_waiting() -> None:
     x = torch.randn(2000, 200, device="cuda")
     hessian, drift = x.T @ x / len(x), torch.randn(200, 200, device="cuda") / 100

@@ -58,6 +58,7 @@ def test_the_same_bytes_every_time_and_in_other_company(rows: int, gpu: torch.de
     assert float(agreement(part, tuple(c[: rows // 2 + 1] for c in codes)).double().mean()) > 0.999
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # of that mode itself
 def test_nothing_is_waited_for(gpu: torch.device) -> None:
     book = RECIPES[3]
     W, L = random(100, 264).to(gpu), block_ldl(correlated(264), 0.01)[0].to(gpu)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from eightfold import pipeline, walk
 from eightfold.checkpoint import partial_path, read_packed, verify_files
 from eightfold.folder import ModelFolder
+from eightfold.model import Decoder
 from eightfold.moments import GroupStatistics
 from eightfold.pipeline import Outcome, quantize_model
 from eightfold.preflight import make_plan
@@ -31,7 +34,7 @@ def rates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eightfold.preflight._rates", lambda device, bits: (1e9, 1e6))
 
 
-def run(model: Path, out: Path, bits: int = 2, listener: Any = None, **more: Any) -> Outcome:
+def run(model: Path, out: Path, bits: float = 2, listener: Any = None, **more: Any) -> Outcome:
     return quantize_model(make_plan(small_request(model, out, bits, **more)), listener or Silent())
 
 
@@ -53,6 +56,34 @@ def dense_model(original: Path, quantized: Path) -> nn.Module:
     for name in folder.quantization.layers:
         model.get_submodule(name).weight.data = dense(read_packed(folder, name)).float()
     return model
+
+
+def test_layers_leave_memory_without_the_garbage_collector(model_folder, tmp_path: Path, monkeypatch) -> None:
+    """A reference that goes in a circle would keep gigabytes until the collector happens to run."""
+    load_layer, twin = Decoder.load_layer, walk.twin
+    made: list[weakref.ref[nn.Module]] = []
+
+    def remember(layer: nn.Module) -> nn.Module:
+        made.append(weakref.ref(layer))
+        return layer
+
+    monkeypatch.setattr(Decoder, "load_layer", lambda *args: remember(load_layer(*args)))
+    monkeypatch.setattr(walk, "twin", lambda layer: remember(twin(layer)))
+    left: dict[str, int] = {}
+
+    class Counting(Silent):
+        def phase(self, name: str, steps: int) -> None:
+            left[name] = sum(layer() is not None for layer in made)
+            super().phase(name, steps)
+
+    gc.disable()
+    try:
+        run(model_folder("llama"), tmp_path / "out", 2.5, Counting(), exclude=("*.mlp.*",))
+    finally:
+        gc.enable()
+    assert len(made) > 12
+    assert left.pop("evaluating") <= 1  # told when its first layer is there
+    assert left == dict.fromkeys(left, 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

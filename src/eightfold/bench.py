@@ -20,7 +20,8 @@ from eightfold.shapes import Rate
 
 def run_bench(options: Namespace, terminal: Terminal) -> tuple[int, dict[str, Any]]:
     """Serve each model and time it; a table, and files if asked for."""
-    if not torch.cuda.is_available():
+    # Not is_available, after which vLLM's processes could not use CUDA.
+    if not torch.cuda.device_count():
         raise ValueError("bench serve needs a CUDA device, there is none")
     load = Load(tuple(sorted(set(options.sequences))), options.tokens, options.prompt, options.tp, options.memory)
     rates = [Rate(*rate) for rate in options.bits]

@@ -34,9 +34,11 @@ from eightfold.files import (
 )
 from eightfold.folder import ModelFolder
 from eightfold.format import DTYPE_CODES, FORMAT_VERSION, CheckpointError, PackedWeight, QuantConfig, check_same
+from eightfold.parallel import ordered_map
 
 MANIFEST = "eightfold.json"
 SHARD_BYTES = 5 * 10**9
+WRITERS = 2  # files written at once
 # Files of the source that go along: what a tokenizer or generation needs, and the terms of use.
 COPIED = ("tokenizer*", "vocab*", "merges.txt", "*.tiktoken", "*.jinja", "chat_template.json", "spiece.model")
 COPIED += ("special_tokens_map.json", "added_tokens.json", "generation_config.json", "LICENSE*", "NOTICE*")
@@ -205,8 +207,8 @@ def assemble(
 ) -> Path:
     """Make the whole checkpoint in the workspace and return its folder; `publish` puts it in place.
 
-    Takes the quantized tensors from the workspace and all others, byte for byte, from `source`, one tensor in
-    memory at a time. `texts`: further files (a model card) by name. Raises CheckpointError naming a tensor
+    Takes the quantized tensors from the workspace and all others, byte for byte, from `source`, one tensor at
+    a time. `texts`: further files (a model card) by name. Raises CheckpointError naming a tensor
     that is missing, too many, or not as `config` says.
     """
     owners = _owners(workspace, config)
@@ -231,32 +233,33 @@ def write_folder(
     shard_bytes: int = SHARD_BYTES,
     manifest: bool = True,
 ) -> Path:
-    """Make a checkpoint's folder in the workspace and return it: `tensors` one by one from `read`, the tokenizer and
-    the like from the folder `source`, `texts` by file name, and a manifest."""
+    """Make a checkpoint's folder in the workspace and return it: `tensors` from `read`, which threads call, one after
+    the other for each of WRITERS files, the tokenizer and the like from the folder `source`, `texts`, a manifest."""
     out = workspace.path / "out"
     if out.exists():
         shutil.rmtree(out)
     out.mkdir()
     shards = plan_shards(tensors, shard_bytes)
-    for file, names in shards.items():
+
+    def write(file: str) -> None:
         with open(out / file, "wb") as stream:
-            write_tensors(stream, {name: tensors[name] for name in names}, read)
+            write_tensors(stream, {name: tensors[name] for name in shards[file]}, read)
+
+    for _ in ordered_map(write, shards, WRITERS):
+        pass
     if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(map(nbytes, tensors.values()))},
-            "weight_map": {name: file for file, names in shards.items() for name in names},
-        }
+        places = {name: file for file, names in shards.items() for name in names}
+        index = {"metadata": {"total_size": sum(map(nbytes, tensors.values()))}, "weight_map": places}
         (out / "model.safetensors.index.json").write_text(to_json(index, sort_keys=True), encoding="utf-8")
     for file in sorted({file for pattern in COPIED for file in source.glob(pattern) if file.is_file()}):
         shutil.copyfile(file, out / file.name)
     for name, text in texts.items():
         (out / name).write_text(text, encoding="utf-8")
     if manifest:
-        content = {
-            "format_version": FORMAT_VERSION,
-            "files": {file.name: measure(file) for file in sorted(out.iterdir())},
-            "layers": [_without_volatile(record) for record in workspace.records()],
-        }
+        names = sorted(file.name for file in out.iterdir())
+        files = dict(zip(names, ordered_map(measure, [out / name for name in names]), strict=True))
+        layers = [_without_volatile(record) for record in workspace.records()]
+        content = {"format_version": FORMAT_VERSION, "files": files, "layers": layers}
         (out / MANIFEST).write_text(to_json(content), encoding="utf-8")
     for path in (*out.iterdir(), out, workspace.path):
         sync(path)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from eightfold.folder import ModelFolder
+from eightfold.loading import loaded_layers
 from eightfold.model import Decoder
 from eightfold.parallel import ordered_map, workers_for
 
@@ -120,15 +122,16 @@ def _final_hidden(decoder: Decoder, windows: Tensor, steps: _Steps) -> list[Tens
     workers = workers_for(decoder.device)
     hidden = list(ordered_map(decoder.prologue, windows, workers))
     decoder.release()
-    for i in range(len(decoder.layer_names)):
-        layer = decoder.load_layer(i)
+    indices = range(len(decoder.layer_names))
+    with closing(loaded_layers(decoder, indices)) as layers:
+        for i, layer in zip(indices, layers, strict=True):
 
-        def run(x: Tensor, i: int = i, layer: torch.nn.Module = layer) -> Tensor:
-            return decoder.call(i, layer, x)
+            def run(x: Tensor, i: int = i, layer: torch.nn.Module = layer) -> Tensor:
+                return decoder.call(i, layer, x)
 
-        for w, x in enumerate(ordered_map(run, hidden, workers)):
-            hidden[w] = x
-            steps.step()
+            for w, x in enumerate(ordered_map(run, hidden, workers)):
+                hidden[w] = x
+                steps.step()
     return hidden
 
 

@@ -32,6 +32,8 @@ DTYPE_BYTES = (
     | dict.fromkeys(("U64", "I64", "F64"), 8)
 )
 
+MOST_PINNED = 1 << 29  # bytes of a tensor on its way to a GPU
+
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
@@ -97,7 +99,12 @@ class ModelFolder:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: cannot read tensor {name!r}: {error}") from error
         # What safetensors returns is a view of the mapped file, which must not be written to.
-        return tensor.clone() if torch.device(device).type == "cpu" else tensor.to(device)
+        if torch.device(device).type == "cpu":
+            return tensor.clone()
+        if torch.device(device).type != "cuda" or tensor.nbytes > MOST_PINNED:
+            return tensor.to(device)
+        # Through pinned memory, which PyTorch keeps: threads can then read several at once.
+        return tensor.pin_memory().to(device, non_blocking=True)
 
     def sha256(self) -> str:
         """Hash of the content: config.json and every weight file, whatever the files are called."""

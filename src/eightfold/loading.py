@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eightfold.model import Decoder
+
+READERS = 4  # threads that read a layer's tensors: one copies a few GB a second out of a mapped file
 
 
 def loaded_layers(decoder: Decoder, indices: Iterable[int]) -> Generator[nn.Module, None, None]:
@@ -29,8 +31,17 @@ def _load(decoder: Decoder, i: int) -> nn.Module:
     if device.type != "cuda":
         return decoder.load_layer(i)
     stream = _stream(device)
+
+    def read(name: str) -> Tensor:
+        with torch.cuda.stream(stream):
+            return decoder.folder.read(name, device)
+
+    def read_all(names: Sequence[str]) -> Iterator[Tensor]:
+        with ThreadPoolExecutor(READERS) as pool:
+            yield from pool.map(read, names)
+
     with torch.cuda.stream(stream):
-        layer = decoder.load_layer(i)
+        layer = decoder.load_layer(i, read_all)
     stream.synchronize()
     for tensor in (*layer.parameters(), *layer.buffers()):
         tensor.record_stream(torch.cuda.default_stream(device))

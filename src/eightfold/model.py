@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -184,16 +184,18 @@ class Decoder:
         """The weight [N, K] of linear `name`, read now in `dtype`; a tied one's from what it is tied to."""
         return self._read(f"{name}.weight", self._model.get_submodule(name).weight)
 
-    def load_layer(self, i: int) -> nn.Module:
-        """Layer `i` with its weights, read now, the caller's own. Quantized linears come as QuantLinear."""
-        layer = copy.deepcopy(self._layers[i])
+    def load_layer(self, i: int, read: Callable[[Sequence[str]], Iterable[Tensor]] | None = None) -> nn.Module:
+        """Layer `i` with its weights, read now, the caller's own. Quantized linears come as QuantLinear. `read`: how
+        to read many tensors of the folder onto the device, by default one after the other."""
+        layer, prefix = copy.deepcopy(self._layers[i]), self.layer_names[i]
         for name, _ in _linears(layer):
-            full = f"{self.layer_names[i]}.{name}"
-            if full in self._quantized:
-                layer.set_submodule(name, self._quant_linear(full))
-        for name, tensor in list(layer.state_dict(keep_vars=True).items()):
-            if tensor.device == META:
-                assign(layer, name, self._read(f"{self.layer_names[i]}.{name}", tensor))
+            if f"{prefix}.{name}" in self._quantized:
+                layer.set_submodule(name, self._quant_linear(f"{prefix}.{name}"))
+        missing = {name: t for name, t in layer.state_dict(keep_vars=True).items() if t.device == META}
+        sources = [self._source(f"{prefix}.{name}") or f"{prefix}.{name}" for name in missing]
+        came = map(self._read_source, sources) if read is None else read(sources)
+        for (name, meta), tensor in zip(missing.items(), came, strict=True):
+            assign(layer, name, tensor.to(meta.dtype))
         return layer
 
     def release(self) -> None:
@@ -301,8 +303,10 @@ class Decoder:
         return next((n for n in (name, *self._aliases.get(name, ())) if n in self.folder.tensors), None)
 
     def _read(self, name: str, like: Tensor) -> Tensor:
-        tensor = self.folder.read(self._source(name) or name, self.device)
-        return tensor.to(like.dtype)
+        return self._read_source(self._source(name) or name).to(like.dtype)
+
+    def _read_source(self, source: str) -> Tensor:
+        return self.folder.read(source, self.device)
 
     def _describe_linears(self) -> dict[str, LinearInfo]:
         index = {f"{layer}.{n}": i for i, layer in enumerate(self.layer_names) for n, _ in _linears(self._layers[i])}

@@ -85,7 +85,8 @@ def _limit_memory(plan: Plan) -> None:
     """Have PyTorch refuse what goes beyond the memory that may be used, as a smaller GPU would."""
     device, limit = plan.decoder.device, plan.cost.usable_bytes
     if limit is not None:
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.mem_get_info(device)[1]), device)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.mem_get_info(index)[1]), index)
 
 
 def _fingerprint(plan: Plan, config: QuantConfig) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from eightfold.format import BITS, LayerSpec
+from eightfold.loading import loaded_layers
 from eightfold.model import Decoder, check_finite, finite_samples
 from eightfold.moments import products
 from eightfold.parallel import ordered_map, single_threaded, workers_for
@@ -49,8 +50,8 @@ def measure_losses(
     workers, found = workers_for(decoder.device), []
     hidden = list(ordered_map(decoder.prologue, windows, workers))
     decoder.release()  # the embedding is not needed in memory while the layers are
-    for i, name in enumerate(decoder.layer_names):
-        layer = decoder.load_layer(i)
+    for i, layer in enumerate(loaded_layers(decoder, range(len(decoder.layer_names)))):
+        name = decoder.layer_names[i]
         groups = [tuple(n for n in group if n in specs) for group in decoder.groups(i, layer, hidden[0])]
         groups = [group for group in groups if group]
         walk = _Inputs(decoder, i, layer, groups)
@@ -76,7 +77,7 @@ class _Inputs:
         self._here = threading.local()
         for name, *_ in groups:
             linear = layer.get_submodule(name.removeprefix(f"{decoder.layer_names[i]}."))
-            linear.register_forward_pre_hook(self._hook(name))
+            linear.register_forward_pre_hook(_hook(name, self._here))
 
     def run(self, hidden: list[Tensor], workers: int) -> tuple[dict[str, Tensor], list[Tensor]]:
         """Sums over all samples, in their order, and the layer's outputs."""
@@ -94,12 +95,15 @@ class _Inputs:
         check_finite(finite_samples(out).tolist(), self.decoder.layer_names[self.i], job[0])
         return squares, out
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].flatten(0, -2)
-            self._here.squares[name] = products(x, x)
 
-        return hook
+def _hook(name: str, here: threading.local) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    """Keeps the products in `here.squares`. It knows no layer: a circle would keep the layers' weights in memory."""
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].flatten(0, -2)
+        here.squares[name] = products(x, x)
+
+    return hook
 
 
 def _head_losses(

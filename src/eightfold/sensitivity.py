@@ -115,7 +115,7 @@ class _Backward:
         self.here = threading.local()
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear):
-                module.register_forward_hook(self._hook(f"{decoder.layer_names[i]}.{name}"))
+                module.register_forward_hook(_hook(f"{decoder.layer_names[i]}.{name}", self.here))
 
     def __call__(self, hidden: Tensor, gradient: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         device = self.decoder.device
@@ -128,9 +128,12 @@ class _Backward:
             (below,) = torch.autograd.grad(y, x, gradient)
         return below, squares
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-            squares = self.here.squares
-            output.register_hook(lambda g: squares.update({name: g.float().square().flatten(0, -2).sum(0)}))
 
-        return hook
+def _hook(name: str, here: threading.local) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    """Keeps the squares in `here.squares`. It knows no layer: a circle would keep the layers' weights in memory."""
+
+    def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        squares = here.squares
+        output.register_hook(lambda g: squares.update({name: g.float().square().flatten(0, -2).sum(0)}))
+
+    return hook

@@ -35,19 +35,7 @@ class Team:
         tensors of the shapes that every part has, whose memory is used."""
         owners = [rank for rank in range(self.size) for _ in self.share(parts, rank)]
         shapes: list[Tensor] = []
-
-        def total(first: int, end: int) -> list[Tensor] | None:
-            if end - first == 1:
-                if owners[first] != self.rank:
-                    return None
-                found = own()
-                shapes[:] = [t.new_empty(()).expand(t.shape) for t in found]
-                return found
-            middle = (first + end) // 2
-            left, right = total(first, middle), total(middle, end)
-            return self._merge(left, right, owners[first], owners[middle])
-
-        found = total(0, parts)
+        found = self._total(range(parts), owners, own, shapes)
         if self.size == 1:
             assert found is not None
             return found
@@ -55,6 +43,22 @@ class Team:
         for tensor in found:
             distributed.broadcast(tensor, owners[0])
         return found
+
+    # A method, not a function inside `sum`: that would refer to itself, and keep all that `own` does in memory.
+    def _total(
+        self, parts: range, owners: list[int], own: Callable[[], list[Tensor]], shapes: list[Tensor]
+    ) -> list[Tensor] | None:
+        """The sum over `parts`, on the process that has the first of them. `shapes` becomes tensors like a part's."""
+        if len(parts) == 1:
+            if owners[parts.start] != self.rank:
+                return None
+            found = own()
+            shapes[:] = [t.new_empty(()).expand(t.shape) for t in found]
+            return found
+        middle = len(parts) // 2
+        left = self._total(parts[:middle], owners, own, shapes)
+        right = self._total(parts[middle:], owners, own, shapes)
+        return self._merge(left, right, owners[parts.start], owners[parts[middle]])
 
     def _merge(
         self, left: list[Tensor] | None, right: list[Tensor] | None, to: int, source: int
