@@ -6,8 +6,11 @@
 
     python benchmarks/quantize.py --model reference-lm --calibration calibration.txt --seqlen 1024 --bits 2 --peer glq
 
+    torchrun --nproc-per-node 2 benchmarks/quantize.py --shape 8b --bits 4     # a GPU each
+
 prints a table, draws the phases into --picture, and appends the rows to benchmarks/results/quantize.jsonl. What random
-weights become is of no interest here; the work is that of trained ones. Under torchrun every process takes its GPU.
+weights become is of no interest here; the work is that of trained ones. --keep leaves the random model in --folder,
+where the next run finds it.
 """
 
 from __future__ import annotations
@@ -32,9 +35,11 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from eightfold import bundled
+from eightfold.launch import joined
 from eightfold.pipeline import quantize_model
 from eightfold.preflight import Request, make_plan
 from eightfold.quantize import Settings
+from eightfold.team import Team
 
 # hidden, intermediate, heads, key heads, layers, vocabulary
 SHAPES = {
@@ -47,8 +52,8 @@ SHARD_LAYERS = 4  # in a file of weights
 STD = 0.02
 
 
-def write_random_model(folder: Path, shape: str, layers: int | None) -> int:
-    """A Llama of this shape, or its first layers, with random weights in bfloat16. Returns the layers of the shape."""
+def write_random_model(folder: Path, shape: str, layers: int | None) -> None:
+    """A Llama of this shape, or its first layers, with random weights in bfloat16."""
     hidden, intermediate, heads, kv_heads, count, vocabulary = SHAPES[shape]
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_attention_heads=heads,
@@ -93,7 +98,6 @@ def write_random_model(folder: Path, shape: str, layers: int | None) -> int:
         write(f"layers-{first:05d}.safetensors", tensors)
     content = {"metadata": {"total_size": total}, "weight_map": index}
     (folder / "model.safetensors.index.json").write_text(json.dumps(content))
-    return count
 
 
 @dataclass
@@ -219,7 +223,9 @@ def main() -> None:
     which.add_argument("--shape", choices=SHAPES)
     which.add_argument("--model")
     parser.add_argument("--layers", type=int, help="of a shape: only so many")
-    parser.add_argument("--folder", default=".", help="where random models are made")
+    parser.add_argument("--folder", type=Path, default=Path("."), help="where random models are made")
+    parser.add_argument("--keep", action="store_true", help="them there")
+    parser.add_argument("--gpu-memory-gb", type=float, help="of each GPU to use at most (default: all)")
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=2048)
@@ -231,29 +237,47 @@ def main() -> None:
     )
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.folder) as made:
-        model, about = args.model, {"model": args.shape or Path(args.model).name}
-        if args.shape:
-            model = str(Path(made) / args.shape)
-            Path(model).mkdir()
-            start = time.perf_counter()
-            count = write_random_model(Path(model), args.shape, args.layers)
-            print(f"made {args.shape} in {time.perf_counter() - start:.1f} s", flush=True)
-        else:
-            count = json.loads((Path(model) / "config.json").read_text())["num_hidden_layers"]
-        about |= {"layers": args.layers or count, "of_layers": count}
-        rows = []
-        for bits in args.bits:
-            request = Request(
-                model, "", bits, args.calibration, args.samples, args.seqlen, args.device, args.dtype,
-                max_ratio=1e30, settings=Settings(),
-            )  # fmt: skip
-            rows.append(measure_glq(request, about) if args.peer else measure(request, about))
-            print(json.dumps(rows[-1]), flush=True)
-            append("quantize", rows[-1:], shape=args.shape, dtype=args.dtype)
+    with joined(args.device) as device:
+        rows = run(args, device)
+    if not rows:
+        return
     print_table(rows)
     if args.picture:
         draw(rows, args.picture)
+
+
+def run(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
+    """All rows that are asked for; none on processes but the first."""
+    team = Team()
+    gpu_memory = int(args.gpu_memory_gb * 1e9) if args.gpu_memory_gb else None
+    model, about = args.model, {"model": args.shape or Path(args.model).name}
+    if args.shape:
+        model = str(args.folder / f"random-{args.shape}-{args.layers or 'all'}")
+        if not team.rank and not Path(model).exists():
+            start = time.perf_counter()
+            with tempfile.TemporaryDirectory(dir=args.folder) as made:
+                write_random_model(Path(made), args.shape, args.layers)
+                shutil.copytree(made, model, copy_function=shutil.move)
+            print(f"made {args.shape} in {time.perf_counter() - start:.1f} s", flush=True)
+        team.tell(None)
+        count = SHAPES[args.shape][4]
+    else:
+        count = json.loads((Path(model) / "config.json").read_text())["num_hidden_layers"]
+    about |= {"layers": args.layers or count, "of_layers": count, "gpus": team.size}
+    rows = []
+    for bits in args.bits:
+        request = Request(
+            model, "", bits, args.calibration, args.samples, args.seqlen, device, args.dtype,
+            max_ratio=1e30, settings=Settings(), gpu_memory=gpu_memory,
+        )  # fmt: skip
+        row = measure_glq(request, about) if args.peer else measure(request, about)
+        if not team.rank:
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            append("quantize", [row], shape=args.shape, dtype=args.dtype, gpu_memory=gpu_memory)
+    if args.shape and not args.keep and not team.rank:
+        shutil.rmtree(model)
+    return rows
 
 
 if __name__ == "__main__":

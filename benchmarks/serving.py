@@ -2,6 +2,7 @@
 
     python benchmarks/serving.py check=MODEL ...      greedy tokens, graphs on, and perplexity, by vLLM and transformers
     python benchmarks/serving.py swapped=MODEL        MODEL, then other weights in its folder, vLLM's compile cache on
+    python benchmarks/serving.py lora=MODEL           tokens with a random adapter on every linear, by both
     python benchmarks/serving.py parallel=2           log-probabilities at a tensor-parallel size against those at 1
 
 Several may follow each other. For all but parallel set VLLM_ENABLE_V1_MULTIPROCESSING=0. Results go to
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -60,7 +62,9 @@ class Served:
         self.heard = Heard()
         logging.getLogger("vllm").addHandler(self.heard)
         start = time.perf_counter()
-        defaults = {"max_model_len": 512, "max_num_seqs": 32, "gpu_memory_utilization": 0.3, "dtype": "bfloat16"}
+        # A fixed cache, so that several of these may share a GPU.
+        defaults = {"max_model_len": 512, "max_num_seqs": 32, "gpu_memory_utilization": 0.1, "dtype": "bfloat16"}
+        defaults |= {"kv_cache_memory_bytes": 1 << 30}
         self.llm = LLM(model=model, enable_prefix_caching=False, **defaults | options)
         self.seconds = time.perf_counter() - start
 
@@ -77,12 +81,13 @@ class Served:
             "start_seconds": round(self.seconds, 1),
         }
 
-    def tokens(self, prompts: list[list[int]], count: int) -> list[list[int]]:
+    def tokens(self, prompts: list[list[int]], count: int, adapter: Any = None) -> list[list[int]]:
         """Greedy continuations."""
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
-        outputs = self.llm.generate([{"prompt_token_ids": each} for each in prompts], params, use_tqdm=False)
+        inputs = [{"prompt_token_ids": each} for each in prompts]
+        outputs = self.llm.generate(inputs, params, use_tqdm=False, lora_request=adapter)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     def log_likelihood(self, rows: list[list[int]]) -> tuple[float, int]:
@@ -210,6 +215,50 @@ def change(file: Path) -> None:
     save_file(tensors, file, {"format": "pt"})
 
 
+def lora(model: str) -> dict[str, Any]:
+    """Tokens with a random adapter of rank 8 on every linear of the decoder, by vLLM and by transformers."""
+    from vllm.lora.request import LoRARequest
+
+    prompts = windows(None, AutoTokenizer.from_pretrained(model), PROMPT, limit=PROMPTS).tolist()
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, device_map=DEVICE)
+    plain = [generate(reference, prompt) for prompt in prompts]
+    with tempfile.TemporaryDirectory() as folder:
+        write_adapter(reference, Path(folder))
+        theirs = [generate(reference, prompt) for prompt in prompts]
+        served = Served(model, enable_lora=True, max_lora_rank=8)
+        ours = served.tokens(prompts, NEW, LoRARequest("random", 1, folder))
+        without = served.tokens(prompts, NEW)
+        served.close()
+    pairs = list(zip(prompts, theirs, ours, strict=True))
+    parted = [part(reference, prompt, a, b) for prompt, a, b in pairs if a != b]
+    moved = sum(a != b for a, b in zip(plain, theirs, strict=True))
+    unadapted = sum(a == b for a, b in zip(plain, without, strict=True))
+    result = {"case": "lora", "prompts": len(prompts), "changed_by_the_adapter": moved}
+    return result | {"same": len(prompts) - len(parted), "same_without_adapter": unadapted, "parted": parted}
+
+
+def write_adapter(model: Any, folder: Path) -> None:
+    """An adapter in peft's format for all decoder linears of `model`, and the same as hooks on its modules."""
+    random, rank, names = torch.Generator().manual_seed(0), 8, set()
+    tensors: dict[str, torch.Tensor] = {}
+    for name, module in model.model.named_modules():
+        if not name.endswith("_proj"):
+            continue
+        names.add(name.rpartition(".")[2])
+        A = torch.randn(rank, module.in_features, generator=random) * module.in_features**-0.5
+        B = torch.randn(module.out_features, rank, generator=random) * 0.1
+        A, B = A.bfloat16(), B.bfloat16()
+        tensors |= {f"base_model.model.model.{name}.lora_{n}.weight": t for n, t in (("A", A), ("B", B))}
+        module.register_forward_hook(partial(_adapted, A.to(DEVICE), B.to(DEVICE)))
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": sorted(names), "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"task_type": "CAUSAL_LM"}))
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def _adapted(A: torch.Tensor, B: torch.Tensor, _: Any, args: Any, y: torch.Tensor) -> torch.Tensor:
+    return y + args[0] @ A.T @ B.T
+
+
 SMALL = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "rms_norm_eps": 1e-5}
 SMALL |= {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 16}
 SMALL |= {"num_key_value_heads": 8, "head_dim": 64, "vocab_size": 8192, "tie_word_embeddings": False}
@@ -289,7 +338,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="+", metavar="CASE=WHAT")
-    cases = {"check": check, "swapped": swapped, "parallel": lambda size: parallel(int(size))}
+    cases = {"check": check, "swapped": swapped, "lora": lora, "parallel": lambda size: parallel(int(size))}
     for case in parser.parse_args().cases:
         name, _, what = case.partition("=")
         row = cases[name](what)
