@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,6 +100,27 @@ def write_random_model(folder: Path, shape: str, layers: int | None) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(content))
 
 
+class Resident:
+    """The most memory of its own that this process has had, sampled: with what PyTorch has pinned, without pages of
+    mapped files, which the kernel takes back when it likes."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._done = threading.Event()
+        threading.Thread(target=self._sample, daemon=True).start()
+
+    def _sample(self) -> None:
+        while not self._done.wait(0.02):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            own = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+            pinned = torch.cuda.host_memory_stats() if torch.cuda.is_initialized() else {}
+            self.bytes = max(self.bytes, own + pinned.get("allocated_bytes.current", 0))
+
+    def stop(self) -> int:
+        self._done.set()
+        return self.bytes
+
+
 @dataclass
 class Clock:
     """A listener that keeps the seconds of every phase; those of the layers also by what the device did."""
@@ -129,7 +150,7 @@ class Clock:
 
 def measure(request: Request, about: dict[str, Any]) -> dict[str, Any]:
     """Quantize as `request` says, in a folder that is thrown away: a row."""
-    start, clock = time.perf_counter(), Clock()
+    start, clock, resident = time.perf_counter(), Clock(), Resident()
     with tempfile.TemporaryDirectory(dir=Path(request.model).parent) as folder:
         plan = make_plan(Request(**{**vars_of(request), "out": str(Path(folder) / "out")}))
         clock.phase("work", 0)
@@ -148,7 +169,7 @@ def measure(request: Request, about: dict[str, Any]) -> dict[str, Any]:
         "estimated_seconds": plan.cost.seconds,
         "peak_gpu_bytes": max(clock.peaks.values(), default=0),
         "peaks": clock.peaks,
-        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_host_bytes": resident.stop(),
         **plan.cost.to_dict(),
     }
 
@@ -164,7 +185,7 @@ def measure_glq(request: Request, about: dict[str, Any]) -> dict[str, Any]:
     stand_in = types.ModuleType("datasets")
     stand_in.load_dataset = lambda *_, **__: text  # type: ignore[attr-defined]
     sys.modules["datasets"] = stand_in
-    start = time.perf_counter()
+    start, resident = time.perf_counter(), Resident()
     with tempfile.TemporaryDirectory() as folder:
         quantize(
             model_name=request.model, output_dir=folder, bpw=request.bits, nsamples=request.samples,
@@ -175,7 +196,7 @@ def measure_glq(request: Request, about: dict[str, Any]) -> dict[str, Any]:
     return {
         **about, "bits": request.bits, "samples": request.samples, "seqlen": request.seqlen, "seconds": seconds,
         "phases": {"all": seconds}, "inside_layers": {}, "peak_gpu_bytes": torch.cuda.max_memory_allocated(),
-        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_host_bytes": resident.stop(),
     }  # fmt: skip
 
 
