@@ -17,6 +17,7 @@ from eightfold import gate
 from eightfold.gate import MAX_RATIO, generate, judge
 from eightfold.preflight import Plan, make_plan
 from eightfold.rates import with_rates
+from eightfold.team import Team
 
 CPU = torch.device("cpu")
 
@@ -47,7 +48,7 @@ def change(folder: Path, name: str, value: torch.Tensor | float) -> None:
 
 def test_a_model_that_is_good_enough_passes(plan: Plan, made: Path) -> None:
     told = Silent()
-    verdict = judge(limited(plan, max_ratio=1e9), made, told.phase, told.advance)
+    verdict = judge(limited(plan, max_ratio=1e9), made, told.phase, told.advance, Team())
     assert verdict.passed
     assert verdict.reasons == []
     assert verdict.evaluation is not None
@@ -66,7 +67,7 @@ def test_a_model_that_is_good_enough_passes(plan: Plan, made: Path) -> None:
 
 
 def test_perplexity_over_the_limit_fails(plan: Plan, made: Path) -> None:
-    verdict = judge(limited(plan, max_ratio=0.001), made, *_silent())
+    verdict = judge(limited(plan, max_ratio=0.001), made, *_silent(), Team())
     assert verdict.evaluation is not None
     assert verdict.evaluation.ratio is not None
     assert verdict.reasons == [
@@ -78,19 +79,19 @@ def test_perplexity_over_the_limit_fails(plan: Plan, made: Path) -> None:
 
 @pytest.mark.parametrize(("bits", "limit"), [(2, 4.0), (3, 2.0), (4, 1.5), (8, 1.5)])
 def test_the_limit_depends_on_the_rate(bits: int, limit: float, plan: Plan, made: Path, monkeypatch) -> None:
-    result = judge(plan, made, *_silent()).evaluation
+    result = judge(plan, made, *_silent(), Team()).evaluation
     assert result is not None
     assert MAX_RATIO.get(bits, MAX_RATIO[4]) == limit
     monkeypatch.setattr(gate, "generate", lambda *_: ([], 10))
     for ratio, passed in ((limit, True), (limit * 1.001, False), (float("nan"), False)):
         monkeypatch.setattr(gate, "evaluate", lambda *_, ratio=ratio: replace(result, ratio=ratio))
         rated = replace(plan, config=with_rates(plan.config, dict.fromkeys(plan.config.layers, bits)))
-        assert judge(limited(rated, max_ratio=None), made, *_silent()).passed is passed
+        assert judge(limited(rated, max_ratio=None), made, *_silent(), Team()).passed is passed
 
 
 def test_logits_that_are_not_finite_fail(plan: Plan, made: Path) -> None:
     change(made, "model.norm.weight", float("nan"))
-    verdict = judge(plan, made, *_silent())
+    verdict = judge(plan, made, *_silent(), Team())
     assert not verdict.passed
     assert verdict.evaluation is None
     assert "evaluation window 0: the logits are not finite" in verdict.reasons[0]
@@ -99,7 +100,7 @@ def test_logits_that_are_not_finite_fail(plan: Plan, made: Path) -> None:
 
 def test_a_model_that_repeats_one_token_fails(plan: Plan, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "generate", lambda *_: ([], 3))
-    verdict = judge(plan, made, *_silent())
+    verdict = judge(plan, made, *_silent(), Team())
     assert verdict.reasons == ["it generates the same token over and over (3 different ones in 32)"]
 
 

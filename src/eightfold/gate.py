@@ -15,6 +15,7 @@ from eightfold.checkpoint import MANIFEST
 from eightfold.evaluate import EvalResult, NotFiniteError, evaluate
 from eightfold.files import measure, read_json, sync, to_json
 from eightfold.folder import ModelFolder
+from eightfold.team import Team
 
 if TYPE_CHECKING:
     from eightfold.preflight import Plan
@@ -52,13 +53,14 @@ class Verdict:
         }
 
 
-def judge(plan: Plan, made: Path, phase: Any, advance: Any) -> Verdict:
-    """Evaluate the checkpoint in `made` against the original on held-out text, and sample from it.
+def judge(plan: Plan, made: Path, phase: Any, advance: Any, team: Team) -> Verdict:
+    """Evaluate the checkpoint in `made` against the original on held-out text, and sample from it. Called by process 0
+    of the team; the others call `help_to_judge`.
 
     `phase(name, steps)` and `advance(steps)` are told of the progress. Logits that are not finite fail the gate, too.
     What was found is written into the checkpoint, for its model card.
     """
-    verdict = _verdict(plan, made, phase, advance)
+    verdict = _verdict(plan, made, phase, advance, team)
     text = plan.request.eval_text
     content = {
         "text": {
@@ -86,9 +88,26 @@ def _without_infinity(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _verdict(plan: Plan, made: Path, phase: Any, advance: Any) -> Verdict:
+def help_to_judge(plan: Plan, team: Team) -> None:
+    """The last process of a team samples from the checkpoint while the first one evaluates it, if it sees it."""
+    made = team.tell(None)
+    helper = _helper(made, team)
+    team.gather([_sample(plan, made)] if team.rank == helper else [])
+
+
+def _helper(made: Path, team: Team) -> int:
+    """The process that samples."""
+    return team.size - 1 if team.gather([made.is_dir()])[-1] else 0
+
+
+def _sample(plan: Plan, made: Path) -> tuple[list[tuple[str, str]], int]:
+    prompts = plan.held_out[:PROMPTS, :PROMPT_TOKENS]
+    return generate(made, prompts, plan.decoder.device, plan.decoder.dtype)
+
+
+def _verdict(plan: Plan, made: Path, phase: Any, advance: Any, team: Team) -> Verdict:
     request, decoder, windows = plan.request, plan.decoder, plan.held_out
-    done = 0
+    done, helper = 0, _helper(team.tell(made), team)
 
     def progress(step: int, steps: int) -> None:
         nonlocal done
@@ -97,13 +116,17 @@ def _verdict(plan: Plan, made: Path, phase: Any, advance: Any) -> Verdict:
         advance(step - done)
         done = step
 
+    broken = ""
     try:
         evaluation = evaluate(ModelFolder(made), windows, plan.folder, decoder.device, decoder.dtype, progress)
     except NotFiniteError as error:
-        return Verdict(None, [], [str(error)])
+        evaluation, broken = None, str(error)
     phase("generating", 1)
-    samples, distinct = generate(made, windows[:PROMPTS, :PROMPT_TOKENS], decoder.device, decoder.dtype)
+    sampled = [] if helper else [([], 0) if broken else _sample(plan, made)]
+    ((samples, distinct),) = team.gather(sampled)
     advance(1)
+    if evaluation is None:
+        return Verdict(None, [], [broken])
     limit = request.max_ratio or MAX_RATIO[min(int(plan.bits), 4)]
     reasons = []
     if not (evaluation.ratio or 0) <= limit:
@@ -118,13 +141,17 @@ def generate(
 ) -> tuple[list[tuple[str, str]], int]:
     """Sampled continuations (temperature 1, fixed seed) of prompts, long [P, T], through transformers.
 
-    Returns (prompt, continuation) texts, and the most different tokens that any of the continuations has.
+    Returns (prompt, continuation) texts, and the most different tokens that any of the continuations has; none where
+    the logits are not finite.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # Loaded to where it runs: a CPU would decode every weight first.
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": device})
     tokenizer = AutoTokenizer.from_pretrained(path)
+    with torch.no_grad():
+        if not model(prompts.to(device)).logits.isfinite().all():
+            return [], 0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         out = model.generate(

@@ -13,7 +13,7 @@ from torch import Tensor
 from eightfold import spread
 from eightfold.checkpoint import Workspace, assemble, publish
 from eightfold.format import QuantConfig
-from eightfold.gate import Verdict, judge
+from eightfold.gate import Verdict, help_to_judge, judge
 from eightfold.parallel import single_threaded
 from eightfold.preflight import Plan, check_room, failed_path
 from eightfold.rates import RECIPE
@@ -35,7 +35,7 @@ def quantize_model(plan: Plan, listener: Listener) -> Outcome:
     """Carry out `plan`. Interrupted at any moment, the same call goes on after the last finished layer.
 
     Where torch.distributed is initialized, its processes, each with the same plan but for the device, share the work on
-    the layers; process 0 alone finds rates, writes, judges, and tells its listener. All return the same.
+    the layers; process 0 alone finds rates, writes, evaluates, and tells its listener. All return the same.
     """
     team = Team()
     _limit_memory(plan)
@@ -43,6 +43,7 @@ def quantize_model(plan: Plan, listener: Listener) -> Outcome:
         raise ValueError(f"expected at most {most} processes to share {len(plan.windows)} samples, came {team.size}")
     if team.rank:
         _walk(plan, None, listener, team)
+        help_to_judge(plan, team)
         return team.tell(None)
     check_room(plan)
     config = replace(plan.config, provenance={**plan.config.provenance, "base_sha256": plan.folder.sha256()})
@@ -52,7 +53,7 @@ def quantize_model(plan: Plan, listener: Listener) -> Outcome:
         texts = {} if recipe is None else {RECIPE: recipe}
         made = assemble(workspace, plan.folder, config, plan.request.shard_bytes, texts)
         listener.advance(1)
-        verdict = judge(replace(plan, config=config), made, listener.phase, listener.advance)
+        verdict = judge(replace(plan, config=config), made, listener.phase, listener.advance, team)
         target = Path(plan.request.out)
         records = workspace.records()
         path = publish(workspace, target if verdict.passed else failed_path(target))

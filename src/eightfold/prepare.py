@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from eightfold.moments import GroupStatistics
 from eightfold.parallel import ordered_map, workers_for
 from eightfold.queued import Later, upload
 from eightfold.rotation import rotate
+from eightfold.team import Team
 
 ROWS = 256  # rows of one piece of work on the CPU: fixed, so that results do not depend on the number of threads
 
@@ -70,13 +72,15 @@ def prepare_group(
     statistics: GroupStatistics,
     settings: Settings,
     later: Later,
+    team: Team,
 ) -> Prepared:
-    """All that comes before rounding. Arguments and errors are those of `quantize_group`; the errors come later."""
+    """All that comes before rounding. Arguments and errors are those of `quantize_group`; the errors come later. The
+    team shares the rows of the targets out."""
     names, H = list(weights), statistics.hessian
     label = ", ".join(names)
     _check_finite(label, weights, H, later)
     signs = torch.Generator().manual_seed(_seed(settings.seed, names[0]))
-    targets = _corrected(weights, statistics, settings, later)
+    targets = _corrected(weights, statistics, settings, later, team)
     s_in = input_vector(torch.cat(list(targets.values())), settings, signs)
     H_rotated = _rotate_both(H * s_in * s_in[:, None], specs[names[0]].in_blocks)
     L, failed = block_ldl(H_rotated, settings.damping)
@@ -138,7 +142,7 @@ def _check_factor(failed: list[float], label: str, size: int, settings: Settings
 
 
 def _corrected(
-    weights: Mapping[str, Tensor], statistics: GroupStatistics, settings: Settings, later: Later
+    weights: Mapping[str, Tensor], statistics: GroupStatistics, settings: Settings, later: Later, team: Team
 ) -> dict[str, Tensor]:
     """Targets W + (c W E[(x0 - x) x^T] + d E[(r0 - r) x^T]) H^-1, c = `correction`, d = `stream_correction`.
 
@@ -160,13 +164,15 @@ def _corrected(
             )
 
     later.add(failed, check)
-    targets = {}
-    for name, W in weights.items():
-        missing = settings.correction * times(W, statistics.drift)
-        if statistics.stream_drift is not None and len(weights) == 1:
-            missing += settings.stream_correction * statistics.stream_drift
-        targets[name] = W + torch.cholesky_solve(missing.T, C).T
-    return targets
+    drift, stream_drift = statistics.drift, statistics.stream_drift
+
+    def target(W: Tensor, rows: slice) -> Tensor:
+        missing = settings.correction * times(W[rows], drift)
+        if stream_drift is not None and len(weights) == 1:
+            missing += settings.stream_correction * stream_drift[rows]
+        return W[rows] + torch.cholesky_solve(missing.T, C).T
+
+    return {name: team.by_rows(len(W), partial(target, W)) for name, W in weights.items()}
 
 
 def times(A: Tensor, B: Tensor) -> Tensor:

@@ -96,12 +96,12 @@ def begin_group(
 ) -> Begun:
     """`quantize_group` whose work is only queued, on a GPU; its numbers and its errors come out of `later.settle`.
 
-    Every process of the team does the same but for LDLQ, whose rows they share out.
+    The processes of the team share out the rows of what costs most: the targets, LDLQ, the fit, the losses.
     """
     names = list(weights)
     if len(rates := {specs[name].bits for name in names}) > 1:
         raise ValueError(f"{', '.join(names)}: they share an input, so expected one rate for all, came {sorted(rates)}")
-    ready = prepare_group(weights, specs, statistics, settings, later)
+    ready = prepare_group(weights, specs, statistics, settings, later, team)
     H, rotated = statistics.hessian, ready.rotated
     book = recipe(rates.pop(), settings.codebook)
     with later.timed("search"):
@@ -114,14 +114,14 @@ def begin_group(
     begun = Begun({}, {}, {})
     for name, C, *own in zip(names, W_hat.split(sizes), *(c.split(sizes) for c in codes), strict=True):
         target = ready.targets[name]
-        packed, dense = _fit_output(target, H, specs[name], tuple(own), C, ready.s_in, settings)
+        packed, dense = _fit_output(target, H, specs[name], tuple(own), C, ready.s_in, settings, team)
         packed.bias = biases.get(name)
         begun.packed[name], begun.dense[name] = packed, dense
 
         def settle(numbers: list[float], name: str = name, packed: PackedWeight = packed) -> None:
             begun.quantized[name] = _measured(name, packed, numbers)
 
-        later.add(_numbers(weights[name], target, H, packed, dense, chosen[name]), settle)
+        later.add(_numbers(weights[name], target, H, packed, dense, chosen[name], team), settle)
     return begun
 
 
@@ -189,6 +189,7 @@ def _fit_output(
     C: Tensor,
     s_in: Tensor,
     settings: Settings,
+    team: Team,
 ) -> tuple[PackedWeight, Tensor]:
     """Pack with s_out[n] = <W_n, V_n>_H / <V_n, V_n>_H, V the dense weights without s_out: least squares a row. C: what
     the codes say. Also returns the dense weights, float32 [N, K].
@@ -196,19 +197,35 @@ def _fit_output(
     The layer's scale, the signs and the shrinkage that quantization calls for all come out of this.
     """
     V = _unrotated(spec, C.split(DECODE_ROWS)) * s_in
-    VH = times(V, H)
-    s_out = (W * VH).sum(1) / (V * VH).sum(1).clamp_min(torch.finfo(torch.float32).tiny)
-    s_out = stored(s_out, settings)
+
+    def fitted(rows: slice) -> Tensor:
+        VH = times(V[rows], H)
+        return (W[rows] * VH).sum(1) / (V[rows] * VH).sum(1).clamp_min(torch.finfo(torch.float32).tiny)
+
+    s_out = stored(team.by_rows(len(V), fitted), settings)
     dtype = getattr(torch, settings.scale_dtype)
     packed = PackedWeight(spec, recipe(spec.bits, settings.codebook), codes, s_in.to(dtype), s_out.to(dtype))
     return packed, V * s_out[:, None]
 
 
-def _numbers(W: Tensor, target: Tensor, H: Tensor, packed: PackedWeight, W_hat: Tensor, multiplier: Tensor) -> Tensor:
+def _numbers(
+    W: Tensor, target: Tensor, H: Tensor, packed: PackedWeight, W_hat: Tensor, multiplier: Tensor, team: Team
+) -> Tensor:
     """What `_measured` takes, float64 [7]."""
     noise, signal = (X.square().sum(dtype=torch.float64) for X in (W - W_hat, W))
-    losses = _loss(target - W_hat, H), _loss(target, H)
-    every = (*losses, noise, signal, multiplier, packed.scale_out.abs().max(), target.any())
+
+    def losses(rows: slice) -> Tensor:  # of each row: error, whole
+        both = target[rows] - W_hat[rows], target[rows]
+        return torch.stack([(times(E, H) * E).sum(1, dtype=torch.float64) for E in both], 1)
+
+    every = (
+        *team.by_rows(len(W), losses).sum(0),
+        noise,
+        signal,
+        multiplier,
+        packed.scale_out.abs().max(),
+        target.any(),
+    )
     return torch.stack([number.double() for number in every])
 
 

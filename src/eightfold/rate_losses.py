@@ -25,6 +25,7 @@ from eightfold.prepare import prepare_group, times
 from eightfold.quantize import GroupStatistics, Settings, gaussian_scale, ldlq_rows, recipe
 from eightfold.queued import Later
 from eightfold.rates import GroupLosses
+from eightfold.team import Team
 
 ROWS = 64  # rows of a linear that are quantized at every rate
 
@@ -142,7 +143,7 @@ def group_losses(
     if statistics.sensitivity is None:
         raise ValueError("expected the outputs' sensitivity, came none; give sensitivity samples")
     later = Later(statistics.hessian.device)
-    ready = prepare_group(weights, specs, statistics, settings, later)
+    ready = prepare_group(weights, specs, statistics, settings, later, Team(alone=True))
     later.settle()
     samples = [R[:: -(-len(R) // rows)] for R in ready.rotated.values()]
     W = torch.cat(samples)

@@ -16,13 +16,13 @@ PARTS = 8  # of the samples: the most processes that can share them
 
 
 class Team:
-    """This process, number `rank` of `size`. Alone unless torch.distributed is initialized.
+    """This process, number `rank` of `size`. Alone unless torch.distributed is initialized, or if it is to be `alone`.
 
     All processes of a team call its methods in the same order.
     """
 
-    def __init__(self) -> None:
-        together = distributed.is_available() and distributed.is_initialized()
+    def __init__(self, alone: bool = False) -> None:
+        together = not alone and distributed.is_available() and distributed.is_initialized()
         self.rank, self.size = (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
 
     def share(self, count: int, rank: int | None = None) -> range:
@@ -88,6 +88,16 @@ class Team:
             if len(share):
                 distributed.broadcast(rows[share.start : share.stop].view(torch.uint8), rank)
         return rows
+
+    def by_rows(self, count: int, make: Callable[[slice], Tensor]) -> Tensor:
+        """A tensor of `count` rows, whole on every process, each of which makes its share of them."""
+        if self.size == 1:
+            return make(slice(0, count))
+        share = self.share(count)
+        own = make(slice(share.start, share.stop))
+        whole = own.new_empty(count, *own.shape[1:])
+        whole[share.start : share.stop] = own
+        return self.complete(whole)
 
     def gather(self, things: list[Any]) -> list[Any]:
         """The things of all processes in a row, through memory of the host."""

@@ -17,7 +17,8 @@ DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # as common.cu
 THREADS = 512  # of the kernels that use shared memory
 _BUFFER = 6144  # coordinates of a chunk that fit the shared memory every device has
 _ITEMS, _MOST_WARPS = 4, 28  # rotate_input: segments of a warp, warps of a row
-_TILED_ITEMS, _TILED_WARPS = 6, 20  # the same of rotate_input_tiled
+# rotate_input_tiled: segments of a warp, warps of a row, and of all rows on a multiprocessor where there are few
+_TILED_ITEMS, _MOST_TILED_WARPS, _TILED_WARPS = 16, 16, 16
 _WARPS_AT_ONCE = 24  # that a multiprocessor has registers for
 
 
@@ -49,18 +50,22 @@ def rotate_input(x: Tensor, side: Side, rotated: Tensor, divisors: Tensor, strea
     device, tokens, padded = _index(x.device), len(x), rotated.shape[1]
     rows = Rows(x.data_ptr(), x.stride(0), DTYPES[x.dtype], tokens)
     count = segments(side.blocks, 0, padded)
-    if not _streams_input(side.blocks):
+    if longest(side.blocks) > UNIT if side.tile else not _streams_input(side.blocks):
         ctas = min(tokens, 4 * sm_count(device))
         _launch_wide("rotate_wide_input", rows, side, rotated, divisors.data_ptr(), (0, padded), (ctas, 1), stream)
         return
-    most_items, most_warps = (_TILED_ITEMS, _TILED_WARPS) if side.tile else (_ITEMS, _MOST_WARPS)
-    # As few segments for a warp as 16 warps allow, where tokens leave processors free.
-    items = min(most_items, -(-count // 16)) if tokens <= sm_count(device) else most_items
-    warps = min(most_warps, -(-count // items))
-    ctas = min(tokens, sm_count(device) * max(1, _WARPS_AT_ONCE // warps))
     params = _params(rows, side, rotated, divisors.data_ptr(), (0, padded))
-    name = "rotate_input_tiled" if side.tile else "rotate_input"
-    kernel(name, 0, device).launch((ctas, 1, 1), 32 * warps, params, stream, side.overlap)
+    if side.tile:  # the same for all numbers of tokens of as many tiles
+        busy = -(-_TILED_WARPS * sm_count(device) // len(rotated))
+        warps = min(_MOST_TILED_WARPS, count, max(busy, -(-count // _TILED_ITEMS)))
+        ctas = min(tokens, sm_count(device) * (2 * _MOST_TILED_WARPS // warps))
+        kernel("rotate_input_tiled", 0, device).launch((ctas, 1, 1), 32 * warps, params, stream, side.overlap)
+        return
+    # As few segments for a warp as 16 warps allow, where tokens leave processors free.
+    items = min(_ITEMS, -(-count // 16)) if tokens <= sm_count(device) else _ITEMS
+    warps = min(_MOST_WARPS, -(-count // items))
+    ctas = min(tokens, sm_count(device) * max(1, _WARPS_AT_ONCE // warps))
+    kernel("rotate_input", 0, device).launch((ctas, 1, 1), 32 * warps, params, stream, side.overlap)
 
 
 def rotate_output(rows: Rows, side: Side, y: Tensor, divisors: int, span: tuple[int, int], stream: int) -> None:

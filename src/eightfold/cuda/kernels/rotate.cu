@@ -167,10 +167,10 @@ __device__ __forceinline__ void load_sum(float (&v)[8], const RotateParams& p, i
 // The kernels for blocks up to 256: a warp holds several segments at a time, so that as many loads are in flight.
 constexpr int ITEMS = 4;
 constexpr int ROW_THREADS = 896; // most of rotate_input: a row is ITEMS segments of each warp
-constexpr int TILED_THREADS = 640, TILED_ITEMS = 6; // the same of rotate_input_tiled, which needs more registers
+constexpr int TILED_THREADS = 512; // most of rotate_input_tiled, which goes through a row twice
 
 // Rows of the input side, of which each warp holds up to COUNT segments.
-template <int COUNT, bool TILED>
+template <int COUNT>
 __device__ __forceinline__ void rotate_rows(const RotateParams& p, float (&squares_of)[2][32]) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
   int places[COUNT]; // 16 times the first coordinate of the lane, or `end` for none, and the log
@@ -221,28 +221,70 @@ __device__ __forceinline__ void rotate_rows(const RotateParams& p, float (&squar
       transform(v, b);
 #pragma unroll
       for (int k = 0; k < 8; ++k) v[k] *= inverse * hadamard_norm(log);
-      store_rotated<TILED>(p, token, places[i] >> 4, p.end, v);
+      store_rotated<false>(p, token, places[i] >> 4, p.end, v);
     }
   }
 }
 
 // x, scaled and rotated, as float16 for a matrix product, divided by a power of two. A CTA takes row after row, each in
 // registers as a whole: its divisor must be known before it is written.
-template <bool TILED>
-__device__ __forceinline__ void rotate_input_rows(const RotateParams& p) {
+extern "C" __global__ void __launch_bounds__(ROW_THREADS) rotate_input(const __grid_constant__ RotateParams p) {
   __shared__ float squares_of[2][32];
   launch_dependents();
   const int warps = blockDim.x >> 5;
-  if (find_segment(p.runs, 0, p.end, warps).begin < 0) rotate_rows<1, TILED>(p, squares_of);
-  else if (find_segment(p.runs, 0, p.end, 2 * warps).begin < 0) rotate_rows<2, TILED>(p, squares_of);
-  else if (!TILED || find_segment(p.runs, 0, p.end, ITEMS * warps).begin < 0) rotate_rows<ITEMS, TILED>(p, squares_of);
-  else rotate_rows<TILED ? TILED_ITEMS : 1, TILED>(p, squares_of);
+  if (find_segment(p.runs, 0, p.end, warps).begin < 0) rotate_rows<1>(p, squares_of);
+  else if (find_segment(p.runs, 0, p.end, 2 * warps).begin < 0) rotate_rows<2>(p, squares_of);
+  else rotate_rows<ITEMS>(p, squares_of);
 }
-extern "C" __global__ void __launch_bounds__(ROW_THREADS) rotate_input(const __grid_constant__ RotateParams p) {
-  rotate_input_rows<false>(p);
-}
-extern "C" __global__ void __launch_bounds__(TILED_THREADS) rotate_input_tiled(const __grid_constant__ RotateParams p) {
-  rotate_input_rows<true>(p);
+
+// The same in the order of wgmma.cu, for many tokens: loops in place of registers, since the code of a row that lies in
+// registers is too long for the instruction cache. The second time a row is read it comes from L1 or L2.
+extern "C" __global__ void __launch_bounds__(TILED_THREADS, 2) rotate_input_tiled(const __grid_constant__ RotateParams p) {
+  __shared__ float squares_of[2][32];
+  launch_dependents();
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+  Butterfly b = butterfly(p.runs.log[0]);
+  wait_for_previous();
+  for (int token = blockIdx.x, turn = 0; token < p.tokens; token += gridDim.x, turn ^= 1) {
+    const long long row = token * p.x_stride;
+    float squares = 0;
+#pragma unroll 4
+    for (int k = 8 * threadIdx.x; k < p.features; k += 8 * blockDim.x) {
+      float v[8], scale[8];
+      unpack8(v, load8_packed(p.x, row + k, row + p.features), p.x_dtype);
+      load8(scale, p.scale, k, p.features, p.scale_dtype);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) squares += v[i] * scale[i] * (v[i] * scale[i]);
+    }
+    squares = sum_of_warp(squares);
+    if (lane == 0) squares_of[turn][warp] = squares;
+    __syncthreads(); // enough: the other half is written next
+    const float divisor = divisor_of(sum_of_warp(lane < warps ? squares_of[turn][lane] : 0.f));
+    if (threadIdx.x == 0) p.divisors[token] = divisor;
+    const float inverse = 1.f / divisor;
+    Segment segment = find_segment(p.runs, 0, p.end, warp);
+    uint4 packed = make_uint4(0, 0, 0, 0);
+    if (segment.begin >= 0) packed = load8_packed(p.x, row + segment.begin + 8 * lane, row + p.features);
+#pragma unroll 1
+    for (int number = warp; segment.begin >= 0;) {
+      const Segment next = find_segment(p.runs, 0, p.end, number += warps);
+      uint4 ahead = packed;
+      if (next.begin >= 0) ahead = load8_packed(p.x, row + next.begin + 8 * lane, row + p.features);
+      const int k = segment.begin + 8 * lane;
+      float v[8], scale[8];
+      unpack8(v, packed, p.x_dtype);
+      load8(scale, p.scale, k, p.features, p.scale_dtype);
+      if (segment.log != b.log) b = butterfly(segment.log);
+      const bool inside = k < segment.end; // else the coordinates are another run's
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] = inside ? v[i] * scale[i] * inverse : 0.f;
+      transform(v, b);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) v[i] *= hadamard_norm(segment.log);
+      store_rotated<true>(p, token, k, segment.end, v);
+      segment = next, packed = ahead;
+    }
+  }
 }
 
 // The output side: add the slices, if there are some, rotate back, then scales and bias. A warp keeps to its segment,
