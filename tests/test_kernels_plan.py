@@ -247,7 +247,8 @@ def matvec_bytes(chosen, units: int, tiles: int, tokens: int) -> int:
         kinds[name], base, offset = re.search(rf"(\w+)\* const {name} = (\w+) \+ ([^;]*);", text).groups()
         names[name] = names[base] + bytes_of[kinds[base]] * evaluate(offset, names)
         assert names[name] % bytes_of[kinds[name]] == 0
-    assert names["factors"] + 4 * tokens == names["sums"]
+    assert names["factors"] + 8 * tokens == names["sums"]  # a word a token is not used
+    assert names["sums"] % 16 == 0
     return names["done"] + 4 * (names["most"] + 1)
 
 
@@ -735,9 +736,9 @@ def test_a_device_without_a_number_is_the_current_one(monkeypatch):
 # --- linear.py: launches
 
 
-def pitch(weight, finished: bool) -> int:
-    """Floats of a row of partial sums: of whole pieces of 256 where matvec finishes them."""
-    return UNIT * block_count(weight.out_blocks) if finished else weight.padded_out
+def pitch(weight) -> int:
+    """Floats of a row of partial sums, which are stored four at a time."""
+    return -(-weight.padded_out // 4) * 4
 
 
 def launched_plan(launch, x, weight, bias, shared) -> Plan:
@@ -758,7 +759,7 @@ def launched_plan(launch, x, weight, bias, shared) -> Plan:
     assert p.bias_dtype == (0 if bias is None else host.DTYPES[bias.dtype])
     assert (p.tokens, p.columns, p.features) == (len(x), len(weight.scale_in), len(weight.scale_out))
     assert (p.padded, p.slices, p.ctas) == (weight.padded_out, plan.count, plan.ctas)
-    assert p.pitch == pitch(weight, p.counters != 0)
+    assert p.pitch == pitch(weight)
     assert raw(p, "slice_start") == pack_borders(plan.slices)
     assert (raw(p, "in_runs"), raw(p, "runs")) == (pack_runs(weight.in_blocks), pack_runs(weight.out_blocks))
     assert launch.grid == plan.count * plan.ctas
@@ -790,7 +791,7 @@ def check_workspace(gpu, matvec, plan, weight, tokens) -> None:
     """Every piece is in the workspace, is as large as the kernels use it, and shares nothing with another."""
     assert all(a + size <= b for (a, size), (b, _) in pairwise(gpu.pieces))
     room = {at: size for at, size in gpu.pieces if size}
-    assert room.pop(matvec.partial) == 4 * plan.count * tokens * pitch(weight, matvec.counters != 0)
+    assert room.pop(matvec.partial) == 4 * plan.count * tokens * pitch(weight)
     if matvec.planes:
         assert room.pop(matvec.planes) == plan.units * 8 * 4 * 16 * tokens
         assert room.pop(matvec.scales) == 4 * plan.count * tokens
@@ -818,7 +819,7 @@ def check_decode(gpu, x, weight, bias, y) -> list[str]:
         last = gpu.launches[-1]
         p = last.p
         check_rotate(last, gpu, weight.scale_out, weight.out_blocks, len(x), weight.tiled, plan.count)
-        assert (p.x, p.x_stride, p.x_dtype, p.divisors) == (matvec.p.partial, weight.padded_out, 2, 0)
+        assert (p.x, p.x_stride, p.x_dtype, p.divisors) == (matvec.p.partial, pitch(weight), 2, 0)
         assert (p.begin, p.end, p.y, p.y_dtype) == (0, weight.padded_out, address(y), host.DTYPES[x.dtype])
         assert (p.bias, p.bias_dtype) == (matvec.p.bias, matvec.p.bias_dtype)
     return gpu.names()
@@ -883,6 +884,14 @@ def test_wide_output_blocks_take_a_launch_of_their_own(gpu, tokens, out_blocks, 
     before = ["quantize_input"] if tokens > ALONE_TOKENS else []
     assert check_decode(gpu, x, weight, packed.bias, y) == [*before, "matvec", *finishing(tokens, wide=True)]
     assert gpu.launches[-1].grid[0] == tokens
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 16])
+def test_rows_of_partial_sums_are_whole_fours(gpu, tokens):
+    packed = packed_for(19, 768, in_blocks=(256,) * 3, out_blocks=(16, 2, 1))
+    weight, x = weight_of(packed), activations(tokens, 768)
+    check_decode(gpu, x, weight, None, host.linear(x, weight, None))
+    assert [launch.p.pitch for launch in gpu.launches if launch.name == "matvec"] == [20]
 
 
 def check_product(gpu, packed, weight, x, y, chosen, tokens, n=208, k=960) -> ctypes.Structure:

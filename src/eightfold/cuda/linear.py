@@ -144,7 +144,7 @@ def _decode(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
     finishes = tokens <= MOST_FINISHED and longest(weight.out_blocks) <= UNIT
     counters = _counters_of(device).take(stream, blocks) if finishes else 0
     each = 4 * plan.count * tokens
-    pitch = UNIT * blocks if counters else weight.padded_out
+    pitch = -(-weight.padded_out // 4) * 4  # sums are stored four rows at a time
     # Held until all is queued: what is allocated meanwhile must not lie there.
     held, (partial, *quantized) = _workspace(
         x.device, each * pitch, *((0,) * 3 if alone else (plan.units * 512 * tokens, each, each))
@@ -168,7 +168,7 @@ def _decode(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
     overlap = weight.tiled
     _matvec(chosen, device).launch(plan.count * plan.ctas, 32 * chosen.warps, whole(params), stream, overlap)
     if not counters:
-        source = Rows(partial, weight.padded_out, DTYPES[torch.float32], tokens, plan.count)
+        source = Rows(partial, pitch, DTYPES[torch.float32], tokens, plan.count)
         side = Side(weight.scale_out, bias, weight.out_blocks, overlap)
         rotate_output(source, side, y, 0, (0, weight.padded_out), stream)
     del held

@@ -124,7 +124,7 @@ class Variant:
         activations = units * 4 * 8 * tokens * 16
         sums = tiles * self.stages.count * tokens * TILE * 4
         pieces = 20 * (tiles * TILE // UNIT + 2 + MAX_RUNS) + 4
-        return self.fixed_bytes + activations + pieces + 12 * tokens + sums
+        return self.fixed_bytes + activations + pieces + 16 * tokens + sums
 
 
 @cache

@@ -27,7 +27,7 @@ struct Params {
   const uint4* planes;       // else from quantize_input, with its scales and sums; null
   const float* scales;
   const int* sums;
-  float* partial;            // [slices, tokens, pitch]: 256 for each piece of the output, or row by row without counters
+  float* partial;            // [slices, tokens, pitch], pitch a multiple of 4
   u32* counters;             // rows of each output block that are done: 0 before and after; null if rotate_output finishes
   const float* ratios;
   const void* scale_out;     // [features]
@@ -101,6 +101,10 @@ __device__ __forceinline__ u32 arrive(u32* counter, u32 count) {
   return before;
 }
 
+// Where half 0 or 1 of a tile's rows lies among its 16 sums of a token: exchanged for two of four tokens, so that the lanes
+// of a warp add in different banks.
+__device__ __forceinline__ int place(int half, int token) { return 8 * half ^ (token & 2) << 2; }
+
 // Add a warp's sums over the tiles of a unit to the CTA's and start again from zero. [tile][stage][token][row] at `to`.
 __device__ __forceinline__ void flush(Sums& sums, u32* to, int tiles, int tokens, int lane) {
   const int g = lane >> 2, t = lane & 3;
@@ -113,9 +117,9 @@ __device__ __forceinline__ void flush(Sums& sums, u32* to, int tiles, int tokens
         int(&e)[4] = sums[r][s][0][n], (&o)[4] = sums[r][s][1][n];
         const int token = 4 * n + t;
         if (token < tokens && r < tiles) { // odd sums are multiples of 16; unsigned: sums may wrap on the way, not at the end
-          u32* const at = to + ((r * STAGES + s) * tokens + token) * 16 + g;
-          atomicAdd(at, 256u * u32(e[0] + (o[0] >> 4)) + u32(e[1] + (o[1] >> 4)));
-          atomicAdd(at + 8, 256u * u32(e[2] + (o[2] >> 4)) + u32(e[3] + (o[3] >> 4)));
+          u32* const at = to + ((r * STAGES + s) * tokens + token) * 16 + g; // token is t but for fours
+          atomicAdd(at + place(0, t), 256u * u32(e[0] + (o[0] >> 4)) + u32(e[1] + (o[1] >> 4)));
+          atomicAdd(at + place(1, t), 256u * u32(e[2] + (o[2] >> 4)) + u32(e[3] + (o[3] >> 4)));
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) e[i] = o[i] = 0;
@@ -141,25 +145,38 @@ __device__ __forceinline__ int find_pieces(const Runs& runs, int begin, int end,
   return found;
 }
 
+// The sums of one token in the lane's eight rows of a piece, the slices added in their order; 0 where the piece has ended.
+__device__ __forceinline__ void add_slices(float (&v)[8], const Params& p, const Piece& piece, int token, int row) {
+  const float* const partial = p.partial + (long long)token * p.pitch + row;
+  const long long apart = (long long)p.tokens * p.pitch;
+  if (row + 8 <= piece.end && piece.begin % 4 == 0) {
+#pragma unroll 4
+    for (int s = 0; s < p.slices; ++s) { // written by other CTAs: not from L1
+      const float4* const at = reinterpret_cast<const float4*>(partial + s * apart);
+      const float4 a = __ldcg(at), b = __ldcg(at + 1);
+      v[0] += a.x, v[1] += a.y, v[2] += a.z, v[3] += a.w, v[4] += b.x, v[5] += b.y, v[6] += b.z, v[7] += b.w;
+    }
+  } else {
+    for (int s = 0; s < p.slices; ++s)
+#pragma unroll
+      for (int k = 0; k < 8; ++k)
+        if (row + k < piece.end) v[k] += __ldcg(partial + s * apart + k);
+  }
+}
+
 // One piece of one token, whose slices are complete: add them, transform, scale, add the bias, store. By one warp.
 __device__ __forceinline__ void finish(const Params& p, const Piece& piece, int token) {
   const int lane = threadIdx.x & 31, row = piece.begin + 8 * lane, stop = min(piece.end, p.features);
   const Raw8 scales = load8_raw(p.scale_out, row, stop, p.scale_dtype);
+  Raw8 biases = {};
+  if (p.bias) biases = load8_raw(p.bias, row, stop, p.bias_dtype);
+  const Butterfly b = butterfly(piece.log);
   float v[8] = {};
-  const float4* partial =
-      reinterpret_cast<const float4*>(p.partial + (long long)token * p.pitch + piece.number * SEGMENT + 8 * lane);
-#pragma unroll 4
-  for (int s = 0; s < p.slices; ++s, partial += (long long)p.tokens * p.pitch / 4) {
-    const float4 a = __ldcg(partial), b = __ldcg(partial + 1); // written by other CTAs: not from L1
-    v[0] += a.x, v[1] += a.y, v[2] += a.z, v[3] += a.w, v[4] += b.x, v[5] += b.y, v[6] += b.z, v[7] += b.w;
-  }
-#pragma unroll
-  for (int k = 0; k < 8; ++k)
-    if (row + k >= piece.end) v[k] = 0; // nobody wrote there: not a number perhaps, which a transform would spread
-  transform(v, butterfly(piece.log));
-  float scale[8], bias[8] = {};
+  add_slices(v, p, piece, token, row);
+  transform(v, b);
+  float scale[8], bias[8];
   convert8(scale, scales, p.scale_dtype);
-  if (p.bias) load8(bias, p.bias, row, stop, p.bias_dtype);
+  convert8(bias, biases, p.bias_dtype);
 #pragma unroll
   for (int k = 0; k < 8; ++k) v[k] = v[k] * hadamard_norm(piece.log) * scale[k] + bias[k];
   const long long out = (long long)token * p.features;
@@ -182,15 +199,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
   const int first = u32(all * warp) / WARPS, last = u32(all * (warp + 1)) / WARPS;
 
   const int row0 = 16 * tile0, row1 = min(16 * tile1, p.padded);
-  // Shared memory after the rings: activations; the output's pieces; of every token largest magnitude, sum and scale;
-  // sums; flags of pieces.
+  // Shared memory after the rings: activations; the output's pieces; of every token largest magnitude, sum and scale, and
+  // a word more, so that four sums are an aligned 16 bytes; sums; flags of pieces.
   const int most = (tile1 - tile0) / 16 + 2 + MAX_RUNS; // pieces: whole ones, parts of two, a short one for each run
   const int words = 8 * p.tokens; // 16-byte words of activations in a step
   uint4* const activations = reinterpret_cast<uint4*>(shared + RINGS_END);
   Piece* const pieces = reinterpret_cast<Piece*>(activations + 4 * units * words);
   u32* const reduced = reinterpret_cast<u32*>(pieces + most);
   float* const factors = reinterpret_cast<float*>(reduced + 2 * p.tokens);
-  u32* const sums = reduced + 3 * p.tokens;
+  u32* const sums = reduced + 4 * p.tokens;
   u32* const done = sums + (tile1 - tile0) * STAGES * p.tokens * 16;
   // By one thread, and first: parameters that nobody has read yet take their time.
   if (threadIdx.x == 32 * WARPS - 1) done[most] = find_pieces(p.runs, row0, row1, pieces);
@@ -236,7 +253,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
   float ratios[STAGES];
 #pragma unroll
   for (int s = 0; s < STAGES; ++s) ratios[s] = p.ratios[s];
-  for (int i = threadIdx.x; i < 3 * p.tokens + (tile1 - tile0) * STAGES * p.tokens * 16; i += 32 * WARPS) reduced[i] = 0;
+  for (int i = threadIdx.x; i < 4 * p.tokens + (tile1 - tile0) * STAGES * p.tokens * 16; i += 32 * WARPS) reduced[i] = 0;
   if (p.planes) {
     __syncthreads(); // the zeros
     wait_for_previous();
@@ -321,22 +338,25 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
   __syncthreads();
 
   const int count = done[most];
-  for (int n = 0; n < count; ++n) {
-    const Piece piece = pieces[n];
-    for (int row = max(piece.begin, row0) + threadIdx.x; row < min(piece.end, row1); row += 32 * WARPS)
-      for (int token = 0; token < p.tokens; ++token) {
-        const int i = row - row0;
-        float v = 0;
+  // Four rows of a token at a time: of the sums of integers a float.
+  const int quads = 4 * (tile1 - tile0);
+  for (int i = threadIdx.x; i < quads * p.tokens; i += 32 * WARPS) {
+    const int token = u32(i) / quads, quad = i - token * quads, row = row0 + 4 * quad;
+    const u32* const at = sums + ((quad >> 2) * STAGES * p.tokens + token) * 16 + place(quad >> 1 & 1, token) + 4 * (quad & 1);
+    float4 v = {};
 #pragma unroll
-        for (int s = 0; s < STAGES; ++s) {
-          const u32 u = sums[(((i >> 4) * STAGES + s) * p.tokens + token) * 16 + (i & 15)];
-          v += ratios[s] * float(int(2 * u - (s < E8P_STAGES ? 15 : 16) * reduced[2 * token + 1]));
-        }
-        p.partial[((long long)slice * p.tokens + token) * p.pitch +
-                  (p.counters ? piece.number * SEGMENT + row - piece.begin : row)] = 0.25f * v * factors[token];
-      }
+    for (int s = 0; s < STAGES; ++s) {
+      const uint4 u = *reinterpret_cast<const uint4*>(at + s * p.tokens * 16);
+      const u32 offset = (s < E8P_STAGES ? 15 : 16) * reduced[2 * token + 1];
+      v.x += ratios[s] * float(int(2 * u.x - offset)), v.y += ratios[s] * float(int(2 * u.y - offset));
+      v.z += ratios[s] * float(int(2 * u.z - offset)), v.w += ratios[s] * float(int(2 * u.w - offset));
+    }
+    const float factor = 0.25f * factors[token];
+    v = make_float4(v.x * factor, v.y * factor, v.z * factor, v.w * factor);
+    float* const to = p.partial + ((long long)slice * p.tokens + token) * p.pitch + row;
+    if (row < row1) *reinterpret_cast<float4*>(to) = v;
   }
-  if (!p.counters) return; // rotate_output does the rest
+  if (TILES > 1 || !p.counters) return; // rotate_output does the rest
   __syncthreads();
   for (int n = threadIdx.x; n < count; n += 32 * WARPS) {
     const Piece piece = pieces[n];
