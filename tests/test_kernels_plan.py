@@ -1073,6 +1073,8 @@ def check_rotate(launch, gpu, scale, blocks, tokens, overlap, slices=1) -> None:
         assert launch.shared >= (1024 if p.scratch else 4 * (p.buffer + 32))
     elif launch.name == "rotate_output":
         assert (launch.block, down) == (256, -(-count // 8))
+        few = overlap and across * down <= rotations.APART * gpu.processors
+        assert launch.shared == (gpu.shared // (rotations.APART + 1) if few else 1024)
     else:
         tiled = launch.name == "rotate_input_tiled"  # which goes through a row in a loop
         assert (launch.block <= 32 * (16 if tiled else 28), down) == (True, 1)
@@ -1097,6 +1099,23 @@ def test_rotations_take_every_row(gpu):
             assert launch.name == ("rotate_input" if streams else "rotate_wide_input")
             if streams:
                 check_rotate(launch, gpu, weight.scale_in, weight.in_blocks, tokens, True)
+
+
+@pytest.mark.parametrize("shared", DEVICES)
+def test_so_much_shared_memory_keeps_ctas_apart(gpu, shared):
+    """APART of them have room on a multiprocessor, one more has not; more of them than have room ask for none."""
+    gpu.processors, gpu.shared = DEVICES[shared], shared
+    side = rotations.Side(torch.ones(1024), None, (256, 4), True)
+    asked = {}
+    for tokens in (1, 8, 6 * gpu.processors):
+        for overlap in (True, False):
+            gpu.launches.clear()
+            rows = rotations.Rows(0, 1024, 2, tokens)
+            rotations.rotate_output(rows, side._replace(overlap=overlap), torch.empty(1, 1024), 0, (0, 1024), 7)
+            asked[tokens, overlap] = gpu.launches[0].shared
+    most, few = shared + planning.RESERVED, asked[8, True] + planning.RESERVED
+    assert rotations.APART * (few + 1024) <= most < (rotations.APART + 1) * few
+    assert asked == {key: few - planning.RESERVED if key in ((1, True), (8, True)) else 1024 for key in asked}
 
 
 def test_pieces_and_spans():

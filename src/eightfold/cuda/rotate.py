@@ -19,6 +19,7 @@ _BUFFER = 6144  # coordinates of a chunk that fit the shared memory every device
 _ITEMS, _MOST_WARPS = 4, 28  # rotate_input: segments of a warp, warps of a row
 # rotate_input_tiled: segments of a warp, warps of a row, and of all rows on a multiprocessor where there are few
 _TILED_ITEMS, _MOST_TILED_WARPS, _TILED_WARPS = 16, 16, 16
+APART = 2  # CTAs of rotate_output that lie on a multiprocessor, where all of them find room so
 _WARPS_AT_ONCE = 24  # that a multiprocessor has registers for
 
 
@@ -81,7 +82,15 @@ def rotate_output(rows: Rows, side: Side, y: Tensor, divisors: int, span: tuple[
     groups = -(-segments(side.blocks, *span) // 8)
     walkers = min(rows.count, -(-6 * sm_count(device) // groups))
     params = _params(rows, side, y, divisors, span)
-    kernel("rotate_output", 0, device).launch((walkers, groups, 1), 256, params, stream, side.overlap)
+    apart = side.overlap and walkers * groups <= APART * sm_count(device)
+    _output_kernel(device, apart).launch((walkers, groups, 1), 256, params, stream, side.overlap)
+
+
+def _output_kernel(device: int, apart: bool) -> Kernel:
+    """rotate_output. `apart`: with shared memory that it does not use, too much for more than APART of its CTAs on a
+    multiprocessor. Those that begin before the kernel ahead has ended would else lie eight together on the
+    multiprocessors that are free first, and wait for each other's memory."""
+    return kernel("rotate_output", max_shared(device) // (APART + 1) if apart else 0, device)
 
 
 def _launch_wide(
@@ -121,7 +130,10 @@ def prepare_rotations(in_blocks: tuple[int, ...], out_blocks: tuple[int, ...], d
         ("input", in_blocks, _streams_input(in_blocks)),
         ("output", out_blocks, longest(out_blocks) <= UNIT),
     ):
-        if streams:
+        if streams and name == "output":
+            _output_kernel(device, apart=True)
+            _output_kernel(device, apart=False)
+        elif streams:
             kernel(f"rotate_{name}", 0, device)
         else:
             kernel(f"rotate_wide_{name}", shared_buffer(longest(blocks), device), device)
