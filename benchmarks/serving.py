@@ -38,7 +38,7 @@ from eightfold.shapes import Rate, random_config, write_config
 from eightfold.skeleton import skeleton
 
 PROMPTS, PROMPT, NEW = 8, 32, 64  # prompts, their tokens, new ones
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = "cuda" if torch.cuda.device_count() else "cpu"  # is_available would keep vLLM's processes from using CUDA
 SEQLEN, WINDOWS = 256, 32  # of the text for perplexity
 
 

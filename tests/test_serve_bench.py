@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from eightfold import cli
 from eightfold.format import QuantConfig
 from eightfold.serve_bench import Load, Speed, Steps, _events, models
-from eightfold.serve_report import Comparison, cells, columns, notes, write_comparison
+from eightfold.serve_report import Comparison, cells, columns, notes, told, write_comparison
 from eightfold.shapes import SHAPES, Rate, plain_config, random_config, weight_bytes
 
 
@@ -148,13 +148,23 @@ def test_files(comparison, tmp_path):
     assert (tmp_path / "out" / "serve.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_told(comparison):
+    assert told(comparison.speeds[1]) == (
+        "x: first token 25 ms; 1 at once 250 tokens/s, GPU step 2.00 ms; 8 at once 1,400 tokens/s, GPU step 3.00 ms"
+    )
+
+
+def test_vllm_can_fork(capsys, monkeypatch):
+    """is_available keeps processes that are forked later from using CUDA."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("called"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert cli.main(["bench", "serve", "31B", "--bits", "4", "--json"]) == 1
+    assert "needs a CUDA device" in json.loads(capsys.readouterr().out)["error"]
+
+
 def test_the_command(capsys):
     for bad in ("9", "4+", "4+1", "x"):
         with pytest.raises(SystemExit, match="2"):
             cli.main(["bench", "serve", "31B", "--bits", bad])
-    capsys.readouterr()
-    import torch
-
-    if not torch.cuda.is_available():
-        assert cli.main(["bench", "serve", "31B", "--bits", "4", "--json"]) == 1
-        assert "needs a CUDA device" in json.loads(capsys.readouterr().out)["error"]

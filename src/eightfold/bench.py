@@ -14,7 +14,7 @@ import torch
 import eightfold
 from eightfold.console import Terminal, table
 from eightfold.serve_bench import Load, copy_speed, measure, models
-from eightfold.serve_report import Comparison, cells, columns, notes, write_comparison
+from eightfold.serve_report import Comparison, cells, columns, notes, told, write_comparison
 from eightfold.shapes import Rate
 
 
@@ -27,7 +27,10 @@ def run_bench(options: Namespace, terminal: Terminal) -> tuple[int, dict[str, An
     rates = [Rate(*rate) for rate in options.bits]
     with tempfile.TemporaryDirectory() as folder:
         chosen = models(options.model, rates, options.against, options.baseline, Path(folder))
-        speeds = [measure(model, load, terminal.note) for model in chosen]
+        speeds = []
+        for model in chosen:
+            speeds.append(measure(model, load, terminal.note))
+            terminal.note(told(speeds[-1]))
     comparison = Comparison(speeds, load, copy_speed(), machine())
     terminal.results.print(table(columns(comparison), cells(comparison)))
     for note in notes(speeds):

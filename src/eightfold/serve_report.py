@@ -89,6 +89,14 @@ def picture(comparison: Comparison, path: Path) -> None:
     figure.savefig(path)
 
 
+def told(speed: Speed) -> str:
+    """One model's numbers in a line, for who waits for the others."""
+    parts = [f"first token {speed.first_token_ms:.0f} ms"]
+    for count, rate in speed.tokens_per_second.items():
+        parts.append(f"{count} at once {rate:,.0f} tokens/s, GPU step {speed.step_ms[count]:.2f} ms")
+    return f"{speed.name}: {'; '.join(parts)}"
+
+
 def notes(speeds: Sequence[Speed]) -> list[str]:
     """What a reader must know of the numbers."""
     made_up = [speed.name for speed in speeds if speed.random]
