@@ -14,6 +14,7 @@ import torch
 from models import KINDS, write_model
 
 from eightfold import bundled
+from eightfold.cuda.linear import supported
 
 ROOT = Path(__file__).parents[1]
 
@@ -62,3 +63,12 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 def any_model(request: pytest.FixtureRequest, model_folder: Callable[[str], Path]) -> Path:
     """Folder of each kind of tiny random model in turn. Not to be changed."""
     return model_folder(request.param)
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    """The current GPU; skips the test where that is older than the kernels."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    if not supported(device):
+        pytest.skip("the device is older than the kernels")
+    return device

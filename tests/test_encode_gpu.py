@@ -7,21 +7,12 @@ import torch
 from torch import Tensor
 
 from eightfold.cuda import encode as kernels
-from eightfold.cuda.linear import supported
 from eightfold.e8p import E8P, E81B, Codebook, codebook
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu")]
 
 BOTH = pytest.mark.parametrize("book", [codebook("e8p"), codebook("e81b")], ids=lambda b: b.name)
 KERNELS = pytest.mark.parametrize("name", ["encode_e8p", "candidates_e8p", "encode_e81b"])
-
-
-@pytest.fixture(autouse=True)
-def gpu() -> torch.device:
-    device = torch.device("cuda", torch.cuda.current_device())
-    if not supported(device):
-        pytest.skip("the device is older than the kernels")
-    return device
 
 
 def gaussian(count: int, scale: float = 1.0, seed: int = 0) -> Tensor:

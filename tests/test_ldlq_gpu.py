@@ -7,19 +7,10 @@ import torch
 from test_ldlq import correlated, random
 from torch import Tensor
 
-from eightfold.cuda.linear import supported
 from eightfold.ldlq import block_ldl, ldlq
 from eightfold.rvq import RECIPES, SCALES, Residual
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def gpu() -> torch.device:
-    device = torch.device("cuda", torch.cuda.current_device())
-    if not supported(device):
-        pytest.skip("the device is older than the kernels")
-    return device
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu")]
 
 
 def agreement(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> Tensor:

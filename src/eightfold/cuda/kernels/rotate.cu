@@ -169,6 +169,18 @@ constexpr int ITEMS = 4;
 constexpr int ROW_THREADS = 896; // most of rotate_input: a row is ITEMS segments of each warp
 constexpr int TILED_THREADS = 512; // most of rotate_input_tiled, which goes through a row twice
 
+// What a row is to be multiplied with, whose divisor this stores. `squares`: those of the thread's coordinates; `of_warps`:
+// memory for a number of each warp, not that of the row before, so one barrier is enough.
+__device__ __forceinline__ float inverse_divisor(const RotateParams& p, int token, float squares, float (&of_warps)[32]) {
+  const int lane = threadIdx.x & 31;
+  squares = sum_of_warp(squares);
+  if (lane == 0) of_warps[threadIdx.x >> 5] = squares;
+  __syncthreads();
+  const float divisor = divisor_of(sum_of_warp(lane < blockDim.x >> 5 ? of_warps[lane] : 0.f));
+  if (threadIdx.x == 0) p.divisors[token] = divisor;
+  return 1.f / divisor;
+}
+
 // Rows of the input side, of which each warp holds up to COUNT segments.
 template <int COUNT>
 __device__ __forceinline__ void rotate_rows(const RotateParams& p, float (&squares_of)[2][32]) {
@@ -204,12 +216,7 @@ __device__ __forceinline__ void rotate_rows(const RotateParams& p, float (&squar
 #pragma unroll
       for (int k = 0; k < 8; ++k) squares += v[k] * v[k];
     }
-    squares = sum_of_warp(squares);
-    if (lane == 0) squares_of[turn][warp] = squares;
-    __syncthreads(); // enough: the other half is written next
-    const float divisor = divisor_of(sum_of_warp(lane < warps ? squares_of[turn][lane] : 0.f));
-    if (threadIdx.x == 0) p.divisors[token] = divisor;
-    const float inverse = 1.f / divisor;
+    const float inverse = inverse_divisor(p, token, squares, squares_of[turn]);
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
       // Without this the compiler keeps what it unpacked before the barrier: 32 registers that are not there.
@@ -256,12 +263,7 @@ extern "C" __global__ void __launch_bounds__(TILED_THREADS, 2) rotate_input_tile
 #pragma unroll
       for (int i = 0; i < 8; ++i) squares += v[i] * scale[i] * (v[i] * scale[i]);
     }
-    squares = sum_of_warp(squares);
-    if (lane == 0) squares_of[turn][warp] = squares;
-    __syncthreads(); // enough: the other half is written next
-    const float divisor = divisor_of(sum_of_warp(lane < warps ? squares_of[turn][lane] : 0.f));
-    if (threadIdx.x == 0) p.divisors[token] = divisor;
-    const float inverse = 1.f / divisor;
+    const float inverse = inverse_divisor(p, token, squares, squares_of[turn]);
     Segment segment = find_segment(p.runs, 0, p.end, warp);
     uint4 packed = make_uint4(0, 0, 0, 0);
     if (segment.begin >= 0) packed = load8_packed(p.x, row + segment.begin + 8 * lane, row + p.features);
