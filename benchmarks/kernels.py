@@ -260,10 +260,14 @@ def _other_lines(f: Found, copy: float | None) -> list[Line]:
         dense = f.layers.get((model, 16), {}).get("microseconds")
         limit = tuple(None if row is None else 1 / row["share_of_copy"] for row in found)
         gain = tuple(None if row is None else ratio(dense, row["microseconds"]) for row in found)
+        # Rows of earlier runs have no such time.
+        apart = f.layers.get((model, 16), {}).get("between_microseconds")
+        between = tuple(None if row is None else ratio(apart, row.get("between_microseconds")) for row in found)
         case = f"{model}, all linears of a layer, 1 token, 2 / 4 bits"
         table += [
             Line(case, "against bytes / copy speed", limit, at_most=True),
             Line(case, "against cuBLAS bf16", gain),
+            Line(case, "the same, each behind a small kernel", between),
         ]
     return table
 

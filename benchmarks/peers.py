@@ -45,7 +45,7 @@ DTYPE = {"cublas": "bfloat16", "eightfold": "float16", **dict.fromkeys(VERSIONS,
 REPLAYS = 7  # of which the median counts
 WARM_S = 0.03  # replays ahead of them, for the clocks to rise
 LONGEST_S = 0.1  # a replay, where there is a choice
-NODES = 200  # empty kernels in a graph
+NODES = 200  # kernels in a graph that do nothing, or little
 COPY_BLOCKS = (2048, 4096, 8192)  # float32 values a block of threads moves
 COPY_BYTES = (1 << 30, 1 << 32)
 
@@ -233,7 +233,8 @@ def linears(model: str, fused: bool) -> list[tuple[int, int]]:
 
 
 def measure_layer(model: str, bits: int, fused: bool, pool: float, copy: float, device: torch.device) -> dict[str, Any]:
-    """A row: all linears of a decoder layer, one token; 16 bits are cuBLAS in bfloat16."""
+    """A row: all linears of a decoder layer, one token; 16 bits are cuBLAS in bfloat16. "between_microseconds": each
+    behind a small kernel of PyTorch, as in a model, which lets none begin early; without that kernel's own time."""
     impl = "cublas" if bits == 16 else "eightfold"
     dtype, shapes = getattr(torch, DTYPE[impl]), linears(model, fused)
     code_bytes = sum(N * K for N, K in shapes) * bits // 8
@@ -243,8 +244,11 @@ def measure_layer(model: str, bits: int, fused: bool, pool: float, copy: float, 
     for call in calls[: len(shapes)]:  # each shape once ahead of the capture
         call()
     seconds = launch_seconds(calls) * len(shapes)
+    small = partial(torch.zeros(1024, device=device).add_, 1)
+    between = 2 * launch_seconds([each for call in calls for each in (small, call)]) - launch_seconds([small] * NODES)
     row = {"case": "layer", "impl": impl, "model": model, "fused": fused, "bits": bits, "dtype": DTYPE[impl]}
-    return {**row, "tokens": 1, **_speed(seconds, code_bytes, copy)}
+    row |= {"tokens": 1, "between_microseconds": between * len(shapes) * 1e6}
+    return {**row, **_speed(seconds, code_bytes, copy)}
 
 
 def load(name: str) -> Any:
