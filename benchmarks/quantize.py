@@ -153,7 +153,7 @@ def measure(request: Request, about: dict[str, Any]) -> dict[str, Any]:
     start, clock, resident = time.perf_counter(), Clock(), Resident()
     with tempfile.TemporaryDirectory(dir=Path(request.model).parent) as folder:
         plan = make_plan(Request(**{**vars_of(request), "out": str(Path(folder) / "out")}))
-        clock.phase("work", 0)
+        clock.phase("hashes", 0)
         planning = clock.phases.pop("reading")
         quantize_model(plan, clock)
         clock.phase("end", 0)
@@ -223,7 +223,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """A bar a row, its phases one after the other."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 1 + 0.6 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(9, 1.6 + 0.4 * len(rows)), layout="constrained")
     axes = figure.subplots()
     phases = list(dict.fromkeys(name for row in rows for name in row["phases"]))
     labels = [f"{row['model']}, {row['bits']} bits, {row['layers']} of {row['of_layers']} layers" for row in rows]
@@ -234,7 +234,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.invert_yaxis()
     axes.set_xlabel("seconds")
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path)
 
 
