@@ -91,11 +91,11 @@ def _without_infinity(value: Any) -> Any:
 def help_to_judge(plan: Plan, team: Team) -> None:
     """The last process of a team samples from the checkpoint while the first one evaluates it, if it sees it."""
     made = team.tell(None)
-    helper = _helper(made, team)
-    team.gather([_sample(plan, made)] if team.rank == helper else [])
+    sampler = _sampler(made, team)
+    team.gather([_sample(plan, made)] if team.rank == sampler else [])
 
 
-def _helper(made: Path, team: Team) -> int:
+def _sampler(made: Path, team: Team) -> int:
     """The process that samples."""
     return team.size - 1 if team.gather([made.is_dir()])[-1] else 0
 
@@ -107,7 +107,7 @@ def _sample(plan: Plan, made: Path) -> tuple[list[tuple[str, str]], int]:
 
 def _verdict(plan: Plan, made: Path, phase: Any, advance: Any, team: Team) -> Verdict:
     request, decoder, windows = plan.request, plan.decoder, plan.held_out
-    done, helper = 0, _helper(team.tell(made), team)
+    done, sampler = 0, _sampler(team.tell(made), team)
 
     def progress(step: int, steps: int) -> None:
         nonlocal done
@@ -122,7 +122,7 @@ def _verdict(plan: Plan, made: Path, phase: Any, advance: Any, team: Team) -> Ve
     except NotFiniteError as error:
         evaluation, broken = None, str(error)
     phase("generating", 1)
-    sampled = [] if helper else [([], 0) if broken else _sample(plan, made)]
+    sampled = [] if sampler else [([], 0) if broken else _sample(plan, made)]
     ((samples, distinct),) = team.gather(sampled)
     advance(1)
     if evaluation is None:
