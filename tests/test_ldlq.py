@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from eightfold.ldlq import GROUP, block_ldl, ldlq, proxy_loss
+from eightfold.ldlq import GROUP, block_ldl, ldlq
+from eightfold.prepare import proxy_losses
 from eightfold.rvq import RECIPES, SCALES, Residual
 
 
@@ -80,7 +81,7 @@ def test_feedback_loses_less_than_nearest_rounding() -> None:
     H, W, book = correlated(256), random(64, 256) * SCALES[2], RECIPES[2]
     _, W_hat = ldlq(W, block_ldl(H, 0.01)[0], book)
     nearest = book.decode(book.encode(W.reshape(64, 32, 8))).flatten(1)
-    assert proxy_loss(W - W_hat, H) < 0.6 * proxy_loss(W - nearest, H)
+    assert proxy_losses(W - W_hat, H).sum() < 0.6 * proxy_losses(W - nearest, H).sum()
     # and without correlation there is nothing to feed back
     _, W_hat = ldlq(W, block_ldl(torch.eye(256), 0.0)[0], book)
     assert torch.equal(W_hat, nearest)
@@ -128,6 +129,6 @@ def test_rows_do_not_depend_on_each_other() -> None:
 
 def test_proxy_loss() -> None:
     E, H = random(5, 16), correlated(16)
-    assert float(proxy_loss(E, H)) == pytest.approx(
+    assert float(proxy_losses(E, H).sum()) == pytest.approx(
         float(torch.trace(E.double() @ H.double() @ E.double().T)), rel=1e-5
     )

@@ -99,9 +99,10 @@ class ModelFolder:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: cannot read tensor {name!r}: {error}") from error
         # What safetensors returns is a view of the mapped file, which must not be written to.
-        if torch.device(device).type == "cpu":
+        kind = torch.device(device).type
+        if kind == "cpu":
             return tensor.clone()
-        if torch.device(device).type != "cuda" or tensor.nbytes > MOST_PINNED:
+        if kind != "cuda" or tensor.nbytes > MOST_PINNED:
             return tensor.to(device)
         # Through pinned memory, which PyTorch keeps: threads can then read several at once.
         return tensor.pin_memory().to(device, non_blocking=True)

@@ -75,8 +75,3 @@ def _round_by_kernel(W: Tensor, T: Tensor, L: Tensor, book: Residual, codes: tup
 def _has_kernel(book: Residual, device: torch.device) -> bool:
     """Whether `device` is a GPU with kernels, and the stages are E8P, of which the last may be E81B."""
     return supported(device) and set(book.stages[:-1]) <= {"e8p"} and book.stages[-1] in ("e8p", "e81b")
-
-
-def proxy_loss(E: Tensor, H: Tensor) -> Tensor:
-    """tr(E H E^T), for E float32 [N, K] and H float32 [K, K]: float64 [] on the same device."""
-    return ((E @ H) * E).sum(dtype=torch.float64)

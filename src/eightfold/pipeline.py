@@ -12,6 +12,7 @@ from torch import Tensor
 
 from eightfold import spread
 from eightfold.checkpoint import Workspace, assemble, publish
+from eightfold.cuda.driver import device_index
 from eightfold.format import QuantConfig
 from eightfold.gate import Verdict, help_to_judge, judge
 from eightfold.parallel import single_threaded
@@ -86,7 +87,7 @@ def _limit_memory(plan: Plan) -> None:
     """Have PyTorch refuse what goes beyond the memory that may be used, as a smaller GPU would."""
     device, limit = plan.decoder.device, plan.cost.usable_bytes
     if limit is not None:
-        index = torch.cuda.current_device() if device.index is None else device.index
+        index = device_index(device)
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.mem_get_info(index)[1]), index)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -164,15 +163,19 @@ def _corrected(
             )
 
     later.add(failed, check)
-    drift, stream_drift = statistics.drift, statistics.stream_drift
+    targets = {}
+    for name, W in weights.items():
+        rows = team.rows(len(W))
+        missing = settings.correction * times(W[rows], statistics.drift)
+        if statistics.stream_drift is not None and len(weights) == 1:
+            missing += settings.stream_correction * statistics.stream_drift[rows]
+        targets[name] = team.whole(W[rows] + torch.cholesky_solve(missing.T, C).T, len(W))
+    return targets
 
-    def target(W: Tensor, rows: slice) -> Tensor:
-        missing = settings.correction * times(W[rows], drift)
-        if stream_drift is not None and len(weights) == 1:
-            missing += settings.stream_correction * stream_drift[rows]
-        return W[rows] + torch.cholesky_solve(missing.T, C).T
 
-    return {name: team.by_rows(len(W), partial(target, W)) for name, W in weights.items()}
+def proxy_losses(E: Tensor, H: Tensor) -> Tensor:
+    """(E H E^T)_nn of every row, float64 [N], for E float32 [N, K] and H float32 [K, K]: their sum is tr(E H E^T)."""
+    return (times(E, H) * E).sum(1, dtype=torch.float64)
 
 
 def times(A: Tensor, B: Tensor) -> Tensor:

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from eightfold.format import LayerSpec, PackedWeight, StageRecipe
-from eightfold.ldlq import ldlq, proxy_loss
+from eightfold.ldlq import ldlq
 from eightfold.moments import GroupStatistics
 from eightfold.parallel import ordered_map, single_threaded, workers_for
-from eightfold.prepare import ROWS, Settings, prepare_group, stored, times
+from eightfold.prepare import ROWS, Settings, prepare_group, proxy_losses, stored, times
 from eightfold.queued import Later, upload
 from eightfold.rotation import rotate
 from eightfold.rvq import FAMILIES, Residual
@@ -147,23 +147,15 @@ def _search_scale(
     trial = torch.cat([R * f for R in samples.values() for f in factors])
     _, found = ldlq_rows(trial, L, book)
     parts = iter(found.split([len(R) for R in samples.values() for _ in factors]))
-    losses = torch.stack([_loss(R - next(parts) / f, H) for R in samples.values() for f in factors])
+    losses = torch.stack([proxy_losses(R - next(parts) / f, H).sum() for R in samples.values() for f in factors])
     best = losses.view(count, len(factors)).argmin(1)
     return dict(zip(rotated, multipliers[best], strict=True))
 
 
 def _ldlq_shared(W: Tensor, L: Tensor, book: Residual, team: Team) -> tuple[tuple[Tensor, ...], Tensor]:
     """LDLQ of all rows, each process taking its share."""
-    if team.size == 1:
-        return ldlq_rows(W, L, book)
-    share = team.share(len(W))
-    codes, W_hat = ldlq_rows(W[share.start : share.stop], L, book)
-    every = []
-    for own in (*codes, W_hat):
-        whole = own.new_empty(len(W), own.shape[1])
-        whole[share.start : share.stop] = own
-        every.append(team.complete(whole))
-    return tuple(every[:-1]), every[-1]
+    codes, W_hat = ldlq_rows(W[team.rows(len(W))], L, book)
+    return tuple(team.whole(own, len(W)) for own in codes), team.whole(W_hat, len(W))
 
 
 def ldlq_rows(W: Tensor, L: Tensor, book: Residual) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -173,12 +165,6 @@ def ldlq_rows(W: Tensor, L: Tensor, book: Residual) -> tuple[tuple[Tensor, ...],
     pieces = list(ordered_map(lambda part: ldlq(part, L, book), W.split(ROWS), workers_for(W.device)))
     codes = zip(*(c for c, _ in pieces), strict=True)
     return tuple(torch.cat(stage) for stage in codes), torch.cat([W_hat for _, W_hat in pieces])
-
-
-def _loss(E: Tensor, H: Tensor) -> Tensor:
-    """tr(E H E^T), float64 [], by pieces of ROWS on the threads of a CPU."""
-    pieces = E.split(ROWS if E.device.type == "cpu" else len(E))
-    return torch.stack(list(ordered_map(lambda part: proxy_loss(part, H), pieces, workers_for(E.device)))).sum()
 
 
 def _fit_output(
@@ -197,12 +183,10 @@ def _fit_output(
     The layer's scale, the signs and the shrinkage that quantization calls for all come out of this.
     """
     V = _unrotated(spec, C.split(DECODE_ROWS)) * s_in
-
-    def fitted(rows: slice) -> Tensor:
-        VH = times(V[rows], H)
-        return (W[rows] * VH).sum(1) / (V[rows] * VH).sum(1).clamp_min(torch.finfo(torch.float32).tiny)
-
-    s_out = stored(team.by_rows(len(V), fitted), settings)
+    rows = team.rows(len(V))
+    VH = times(V[rows], H)
+    s_out = (W[rows] * VH).sum(1) / (V[rows] * VH).sum(1).clamp_min(torch.finfo(torch.float32).tiny)
+    s_out = stored(team.whole(s_out, len(V)), settings)
     dtype = getattr(torch, settings.scale_dtype)
     packed = PackedWeight(spec, recipe(spec.bits, settings.codebook), codes, s_in.to(dtype), s_out.to(dtype))
     return packed, V * s_out[:, None]
@@ -213,19 +197,10 @@ def _numbers(
 ) -> Tensor:
     """What `_measured` takes, float64 [7]."""
     noise, signal = (X.square().sum(dtype=torch.float64) for X in (W - W_hat, W))
-
-    def losses(rows: slice) -> Tensor:  # of each row: error, whole
-        both = target[rows] - W_hat[rows], target[rows]
-        return torch.stack([(times(E, H) * E).sum(1, dtype=torch.float64) for E in both], 1)
-
-    every = (
-        *team.by_rows(len(W), losses).sum(0),
-        noise,
-        signal,
-        multiplier,
-        packed.scale_out.abs().max(),
-        target.any(),
-    )
+    rows = team.rows(len(W))
+    losses = (proxy_losses(E, H) for E in (target[rows] - W_hat[rows], target[rows]))
+    sums = (team.whole(own, len(W)).sum() for own in losses)
+    every = (*sums, noise, signal, multiplier, packed.scale_out.abs().max(), target.any())
     return torch.stack([number.double() for number in every])
 
 

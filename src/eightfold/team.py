@@ -81,23 +81,22 @@ class Team:
                 whole += part
         return left
 
-    def complete(self, rows: Tensor) -> Tensor:
-        """`rows`, contiguous, of which each process has filled its share: whole on every process."""
-        for rank in range(self.size if self.size > 1 else 0):
-            share = self.share(len(rows), rank)
-            if len(share):
-                distributed.broadcast(rows[share.start : share.stop].view(torch.uint8), rank)
-        return rows
-
-    def by_rows(self, count: int, make: Callable[[slice], Tensor]) -> Tensor:
-        """A tensor of `count` rows, whole on every process, each of which makes its share of them."""
-        if self.size == 1:
-            return make(slice(0, count))
+    def rows(self, count: int) -> slice:
+        """`share` of rows."""
         share = self.share(count)
-        own = make(slice(share.start, share.stop))
-        whole = own.new_empty(count, *own.shape[1:])
-        whole[share.start : share.stop] = own
-        return self.complete(whole)
+        return slice(share.start, share.stop)
+
+    def whole(self, own: Tensor, count: int) -> Tensor:
+        """`count` rows on every process, of which this one has its share, `own`."""
+        if self.size == 1:
+            return own
+        every = own.new_empty(count, *own.shape[1:])
+        every[self.rows(count)] = own
+        for rank in range(self.size):
+            share = self.share(count, rank)
+            if len(share):
+                distributed.broadcast(every[share.start : share.stop].view(torch.uint8), rank)
+        return every
 
     def gather(self, things: list[Any]) -> list[Any]:
         """The things of all processes in a row, through memory of the host."""

@@ -126,17 +126,15 @@ def _params(
 
 def prepare_rotations(in_blocks: tuple[int, ...], out_blocks: tuple[int, ...], device: int) -> None:
     """Load what `rotate_input` and `rotate_output` launch for these blocks."""
-    for name, blocks, streams in (
-        ("input", in_blocks, _streams_input(in_blocks)),
-        ("output", out_blocks, longest(out_blocks) <= UNIT),
-    ):
-        if streams and name == "output":
-            _output_kernel(device, apart=True)
-            _output_kernel(device, apart=False)
-        elif streams:
-            kernel(f"rotate_{name}", 0, device)
-        else:
-            kernel(f"rotate_wide_{name}", shared_buffer(longest(blocks), device), device)
+    if _streams_input(in_blocks):
+        kernel("rotate_input", 0, device)
+    else:
+        kernel("rotate_wide_input", shared_buffer(longest(in_blocks), device), device)
+    if longest(out_blocks) <= UNIT:
+        for apart in (True, False):
+            _output_kernel(device, apart)
+    else:
+        kernel("rotate_wide_output", shared_buffer(longest(out_blocks), device), device)
 
 
 def kernel(name: str, shared: int, device: int) -> Kernel:
