@@ -166,7 +166,6 @@ def measure(request: Request, about: dict[str, Any]) -> dict[str, Any]:
         "seconds": time.perf_counter() - start,
         "phases": {"plan": planning, **clock.phases},
         "inside_layers": clock.inside,
-        "estimated_seconds": plan.cost.seconds,
         "peak_gpu_bytes": max(clock.peaks.values(), default=0),
         "peaks": clock.peaks,
         "peak_host_bytes": resident.stop(),
@@ -277,8 +276,10 @@ def run(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
         if not team.rank and not Path(model).exists():
             start = time.perf_counter()
             with tempfile.TemporaryDirectory(dir=args.folder) as made:
-                write_random_model(Path(made), args.shape, args.layers)
-                shutil.copytree(made, model, copy_function=shutil.move)
+                whole = Path(made) / "model"
+                whole.mkdir()
+                write_random_model(whole, args.shape, args.layers)
+                whole.rename(model)
             print(f"made {args.shape} in {time.perf_counter() - start:.1f} s", flush=True)
         team.tell(None)
         count = SHAPES[args.shape][4]

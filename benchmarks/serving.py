@@ -134,8 +134,7 @@ def check(model: str) -> dict[str, Any]:
     served.close()
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, device_map=DEVICE)
     theirs = [generate(reference, prompt) for prompt in prompts]
-    pairs = list(zip(prompts, theirs, ours, strict=True))
-    parted = [part(reference, prompt, a, b) for prompt, a, b in pairs if a != b]
+    parted = partings(reference, prompts, theirs, ours)
     perplexity, expected = math.exp(-total / count), math.exp(-log_likelihood(reference, rows) / count)
     del reference
     torch.cuda.empty_cache()
@@ -153,6 +152,11 @@ def generate(model: Any, prompt: list[int]) -> list[int]:
             cache, ids = found.past_key_values, found.logits[:, -1:].argmax(-1)
             made.append(int(ids))
     return made
+
+
+def partings(model: Any, prompts: list[Any], theirs: list[Any], ours: list[Any]) -> list[dict[str, Any]]:
+    """`part` of every prompt whose continuations are not the same."""
+    return [part(model, p, a, b) for p, a, b in zip(prompts, theirs, ours, strict=True) if a != b]
 
 
 def part(model: Any, prompt: list[int], theirs: list[int], ours: list[int]) -> dict[str, Any]:
@@ -193,8 +197,7 @@ def swapped(model: str) -> dict[str, Any]:
             served.close()
         reference = AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16, device_map=DEVICE)
         expected = [generate(reference, prompt) for prompt in prompts]
-        pairs = list(zip(prompts, expected, found[1], strict=True))
-        parted = [part(reference, prompt, a, b) for prompt, a, b in pairs if a != b]
+        parted = partings(reference, prompts, expected, found[1])
     moved = sum(a != b for a, b in zip(*found, strict=True))
     same = len(prompts) - len(parted)
     result = {"case": "swapped", "prompts": len(prompts), "differ_from_the_first": moved, "as_transformers": same}
@@ -229,8 +232,7 @@ def lora(model: str) -> dict[str, Any]:
         ours = served.tokens(prompts, NEW, LoRARequest("random", 1, folder))
         without = served.tokens(prompts, NEW)
         served.close()
-    pairs = list(zip(prompts, theirs, ours, strict=True))
-    parted = [part(reference, prompt, a, b) for prompt, a, b in pairs if a != b]
+    parted = partings(reference, prompts, theirs, ours)
     moved = sum(a != b for a, b in zip(plain, theirs, strict=True))
     unadapted = sum(a == b for a, b in zip(plain, without, strict=True))
     result = {"case": "lora", "prompts": len(prompts), "changed_by_the_adapter": moved}
