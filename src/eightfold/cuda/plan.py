@@ -22,6 +22,7 @@ ALONE_TOKENS = 8  # most tokens that matvec rotates by itself; from two on, four
 RESERVED = 1024  # bytes of shared memory that CUDA keeps of every CTA
 MANY_COPIES = 160 << 10  # bytes of shared memory from which the decode tables have a copy for every lane
 TWO_CTAS = 224 << 10  # and from which two CTAs with such tables share a multiprocessor
+AHEAD = 4  # units of every warp that go to L2 while one token is rotated; more tokens gain nothing by it
 FEW_WEIGHTS = 90_000_000  # up to which launches that overlap matter more than lookups without conflicts
 
 
@@ -76,8 +77,8 @@ def stages_of(order: tuple[int, ...]) -> Stages:
 @dataclass(frozen=True, slots=True)
 class Variant:
     """One compiled matvec: `tiles` of four tokens each, units of `rows` tiles of weights, `warps` of a CTA, `ctas` that
-    share a multiprocessor, `depth` units of weights copied ahead, `copies` of the decode tables, `e81b_copies` of that
-    of E81B, `aligned` codes."""
+    share a multiprocessor, `depth` units of weights copied ahead and `ahead` more brought to L2, `copies` of the decode
+    tables, `e81b_copies` of that of E81B, `aligned` codes."""
 
     stages: Stages
     tiles: int
@@ -85,6 +86,7 @@ class Variant:
     warps: int
     ctas: int
     depth: int
+    ahead: int
     copies: int
     e81b_copies: int
     aligned: bool
@@ -103,6 +105,7 @@ class Variant:
             "WARPS": self.warps,
             "CTAS": self.ctas,
             "DEPTH": self.depth,
+            "AHEAD": self.ahead,
             "COPIES": self.copies,
             "E81B_COPIES": self.e81b_copies,
             "ALIGNED": int(self.aligned),
@@ -145,10 +148,11 @@ def variant(stages: Stages, tiles: int, shared: int, aligned: bool, few: bool) -
         warps, ctas = 8, 1
     if not aligned and stages.count > 2:  # which loads code after code, and finds no registers otherwise
         warps, ctas = 8, 1
-    ahead = 4096 if many and stages.count * tiles <= 2 else 2048  # bytes, of a warp
-    depth = max(1, ahead // (rows * stages.tile_bytes))
+    ring = 4096 if many and stages.count * tiles <= 2 else 2048  # bytes, of a warp
+    depth = max(1, ring // (rows * stages.tile_bytes))
     for size in ((warps, depth), (warps, 1), (8, 1), (4, 1)):  # until layers of every size have room
-        chosen = Variant(stages, tiles, rows, size[0], ctas, size[1], copies, e81b_copies, aligned)
+        later = AHEAD if tiles == 1 and aligned else 0
+        chosen = Variant(stages, tiles, rows, size[0], ctas, size[1], later, copies, e81b_copies, aligned)
         if chosen.shared_bytes(MOST_UNITS, rows, 1 if tiles == 1 else chosen.tokens) <= chosen.shared_limit(shared):
             break
     return chosen
@@ -276,7 +280,7 @@ def make_plan(blocks: tuple[int, ...], rows: int, variant: Variant, tokens: int,
         chunks = _chunks(slices, blocks)
         cost = _cost(variant, waves * resident, share, units, count, tokens) + (len(chunks) <= count)
         if resident < variant.ctas:
-            cost = 1.2 * cost - 1.4  # fewer warps, but the next launch can start beside this one
+            cost = 1.2 * cost - 1.0  # fewer warps, but the next launch can start beside this one
         alone = len(chunks) == len(slices) and max(blocks[::2]) <= UNIT
         alone = alone and all(segments(blocks, *borders) <= room for borders in pairwise(slices))
         if best is None or cost < best[0]:

@@ -10,8 +10,8 @@
 // do not depend on timing, nor on the tokens beside one.
 //
 // Compiled with E8P_STAGES, E81B_STAGES, TILES (of 8 columns: a token is two, its high and low planes), ROWS, WARPS, CTAS
-// (on a multiprocessor), DEPTH, COPIES (of the tables), E81B_COPIES (of one of them), ALIGNED (whole tiles and steps,
-// 16-byte copies).
+// (on a multiprocessor), DEPTH, AHEAD (units that go to L2 in time), COPIES (of the tables), E81B_COPIES (of one of them),
+// ALIGNED (whole tiles and steps, 16-byte copies).
 #include "butterfly.cuh"
 #include "decode.cuh"
 #include "quantize.cuh"
@@ -254,9 +254,20 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
 #pragma unroll
   for (int s = 0; s < STAGES; ++s) ratios[s] = p.ratios[s];
   for (int i = threadIdx.x; i < 4 * p.tokens + (tile1 - tile0) * STAGES * p.tokens * 16; i += 32 * WARPS) reduced[i] = 0;
+  // Once the kernel before has ended memory would be idle while activations are rotated: the next codes go to L2.
+  const auto prefetch_units = [&] {
+#if ALIGNED
+    Cursor later = next;
+    for (int i = first + DEPTH; i < min(first + DEPTH + AHEAD, last); ++i) {
+      copy_unit<true>(0, p, later, tile1, length / 64 - 4 * later.unit);
+      advance(later, units, p);
+    }
+#endif
+  };
   if (p.planes) {
     __syncthreads(); // the zeros
     wait_for_previous();
+    prefetch_units();
     const uint4* const planes = p.planes + (long long)((start >> 8) + slice) * 4 * words;
     for (int i = threadIdx.x; i < 4 * units * words; i += 32 * WARPS) activations[i] = planes[i];
     if (threadIdx.x < p.tokens) {
@@ -275,6 +286,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
       const int k = segments[s].begin + 8 * lane;
       if (segments[s].begin >= 0) inputs[s] = load8_packed(p.x, row + k, row + min(segments[s].end, p.columns));
     }
+    prefetch_units();
 #pragma unroll
     for (int s = 0; s < Own::COUNT; ++s) {
       values.at[s] = -1;

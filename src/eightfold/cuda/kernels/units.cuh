@@ -36,6 +36,8 @@ __device__ __forceinline__ u32 first_code(const Params& p) { // where a lane sta
 }
 // The cursor starts at the lane's first code. `steps`: of 64 columns that the unit has. Outside of the slice the activations
 // are zeros and sums beyond the CTA's `tiles` are not used, so that codes which are there already do in place of those.
+// TO_L2: no further than there.
+template <bool TO_L2 = false>
 __device__ __forceinline__ void copy_unit(u32 to, const Params& p, const Cursor& c, int tiles, int steps) {
   const u32 lane = threadIdx.x & 31, row = lane & 15;
 #pragma unroll
@@ -46,13 +48,17 @@ __device__ __forceinline__ void copy_unit(u32 to, const Params& p, const Cursor&
     for (int r = 0; r < ROWS; ++r) {
       const u32 code = r == 0 || c.tile + r < tiles ? at + r * p.tile_stride : at, tile = to + r * TILE_BYTES;
 #pragma unroll
-      for (int s = 0; s < E8P_STAGES; ++s)
-        copy_async<16>(tile + s * E8P_BYTES + 256 * step + (16 * row ^ 32 * step),
-                       static_cast<const u8*>(p.codes[s]) + 2ull * code);
+      for (int s = 0; s < E8P_STAGES; ++s) {
+        const u8* const from = static_cast<const u8*>(p.codes[s]) + 2ull * code;
+        if (TO_L2) prefetch(from);
+        else copy_async<16>(tile + s * E8P_BYTES + 256 * step + (16 * row ^ 32 * step), from);
+      }
 #pragma unroll
-      for (int s = 0; s < E81B_STAGES; ++s)
-        copy_async<8>(tile + E8P_STAGES * E8P_BYTES + s * E81B_BYTES + 128 * step + (8 * row ^ 32 * step),
-                      static_cast<const u8*>(p.codes[E8P_STAGES + s]) + code);
+      for (int s = 0; s < E81B_STAGES; ++s) {
+        const u8* const from = static_cast<const u8*>(p.codes[E8P_STAGES + s]) + code;
+        if (TO_L2) prefetch(from);
+        else copy_async<8>(tile + E8P_STAGES * E8P_BYTES + s * E81B_BYTES + 128 * step + (8 * row ^ 32 * step), from);
+      }
     }
   }
 }
