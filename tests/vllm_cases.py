@@ -340,6 +340,7 @@ def case_made_up_weights() -> None:
     (WORK / "quantized-dummy" / "model.safetensors").unlink()
     with engine(WORK / "quantized-dummy", load_format="dummy") as config:
         layer = load(config).model.layers[0].self_attn.qkv_proj
+        assert calls(layer) == 1  # as fast as one of real weights
         counts = layer.qweight.view(torch.uint8).flatten().long().bincount(minlength=256)
         assert int((counts > 0).sum()) == 256
         y = run(layer, torch.randn(64, 512).bfloat16()).float()

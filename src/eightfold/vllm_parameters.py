@@ -99,14 +99,20 @@ class Loading:
             )
 
     def fill(self, layer: nn.Module) -> None:
-        """Random codes, signs as input scales, weights of a usual size: for `load_format="dummy"`."""
+        """Random codes, weights of a usual size, signs as input scales: for `load_format="dummy"`. Parts have the same
+        signs, as quantized ones have, since only then are they one linear."""
         for name, parameter in layer.named_parameters(recurse=False):
-            data = parameter.data
+            parts = isinstance(parameter, Pieces) and [parameter.part(n) for n in parameter.regions]
+            tensors = parts or [parameter.data]
             if name.startswith("qweight"):
-                data.view(torch.uint8).random_(0, 256)
-            elif name in ("scale_in", "scale_out"):
-                size = 1.0 if name == "scale_in" else self.parts[0].spec.in_features ** -0.5
-                data.copy_((torch.randint_like(data, 2) * 2 - 1) * size)
+                parameter.data.view(torch.uint8).random_(0, 256)
+            elif name == "scale_in":
+                signs = _signs(tensors[0].view(-1, self.parts[0].spec.in_features)[0])
+                for tensor in tensors:
+                    tensor.copy_(signs)
+            elif name == "scale_out":
+                for tensor in tensors:
+                    tensor.copy_(_signs(tensor) * self.parts[0].spec.in_features ** -0.5)
 
     def take(self, layer: nn.Module) -> list[PackedWeight]:
         """The weights of the parts, in order, without a copy; the layer keeps none of their parameters."""
@@ -192,6 +198,10 @@ def pieces(name: str, tensors: dict[int, tuple[torch.dtype, tuple[int, ...], int
 def is_dummy() -> bool:
     """Whether vLLM makes up the weights in place of loading them."""
     return get_current_vllm_config().load_config.load_format == "dummy"
+
+
+def _signs(tensor: Tensor) -> Tensor:
+    return torch.randint_like(tensor, 2) * 2 - 1
 
 
 def _pieces(parts: Sequence[Part], scale: torch.dtype, loading: Loading) -> dict[str, nn.Parameter]:
