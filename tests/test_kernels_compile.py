@@ -12,6 +12,7 @@ import pytest
 
 from eightfold.cuda import compiler
 from eightfold.cuda.compiler import ARCHITECTURES, KERNELS, KernelError, compile_with_remarks, read_source
+from eightfold.cuda.dense import table_copies
 from eightfold.cuda.gemm_plan import FEW_ROWS, GEMM_TOKENS, WGMMA_TOKENS, gemm_variant, wgmma_variant
 from eightfold.cuda.plan import Stages, variants
 
@@ -39,6 +40,9 @@ def builds(arch: int) -> Iterator[tuple[str, dict[str, int]]]:
     yield "encode.cu", {}
     yield "ldlq.cu", {}
     yield from (("dequantize.cu", stages.defines) for stages in RECIPES)
+    for stages in RECIPES:
+        if copies := table_copies(stages, SHARED[arch]):
+            yield "dense.cu", {**stages.defines, "COPIES": copies, "E81B_COPIES": min(copies, 16)}
     yield from (("shell.cu", stages.defines) for stages in SHELLS)
     for stages in RECIPES:
         for tokens, rows in product(GEMM_TOKENS, (FEW_ROWS, FEW_ROWS + 1)):
@@ -58,7 +62,8 @@ def test_nothing_is_left_out():
     files = {path.name for path in KERNELS.iterdir() if path.name.endswith(".cu")}
     assert set(SHARED) == set(ARCHITECTURES)
     for arch in ARCHITECTURES:
-        assert {file for file, _ in builds(arch)} == files - (set() if arch == 90 else {"wgmma.cu"})
+        no_tiles = {"dense.cu"} if SHARED[arch] < 128 << 10 else set()
+        assert {file for file, _ in builds(arch)} == files - (set() if arch == 90 else {"wgmma.cu"}) - no_tiles
     assert all(map(entry_points, files))
 
 

@@ -9,9 +9,13 @@ import pytest
 import torch
 from packing import random_packed
 
+from eightfold.cuda import dense
+from eightfold.cuda.gemm import MOST_WGMMA_ROTATED
+from eightfold.cuda.weight import Weight
 from eightfold.e8p import codebook
 from eightfold.format import LayerSpec, PackedWeight, StageRecipe
 from eightfold.linear import QuantLinear
+from eightfold.quantize import dequantize
 from eightfold.rotation import IN_FLOOR, OUT_FLOOR, layout_blocks, rotate
 
 pytestmark = pytest.mark.gpu
@@ -55,8 +59,6 @@ def exact(module: QuantLinear, x: torch.Tensor) -> torch.Tensor:
 
 def plain(module: QuantLinear, x: torch.Tensor) -> torch.Tensor:
     """The same in PyTorch, in x's precision: the dense weight rounded, one product."""
-    from eightfold.quantize import dequantize
-
     bias = None if module.bias is None else module.bias.to(x.dtype)
     return torch.nn.functional.linear(x, dequantize(module.packed()).to(x.dtype), bias)
 
@@ -81,30 +83,41 @@ def check(module: QuantLinear, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_shapes_and_rates(n, k, bits):
     module = layer(n, k, bits, bias="float16" if bits % 2 else None)
-    for tokens in (1, 4, 7, 16, 20, 37, 200, 300):
+    for tokens in (1, 4, 7, 16, 20, 37, 200, 300, 640, 2048):
+        if tokens * n * k > 1 << 35:  # the reference in float64 takes too long
+            continue
         check(module, torch.randn(tokens, k, device="cuda").half())
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 9, 15, 17, 33, 64, 65, 129, 640, 2048])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_tokens_and_dtypes(tokens, dtype, bits):
-    module = layer(768, 1152, bits, bias="bfloat16")
+@pytest.mark.parametrize("layout", ["pow2-sum-256", "pow2-sum-512"])
+def test_tokens_and_dtypes(tokens, dtype, bits, layout):
+    module = layer(768, 1152, bits, layout, bias="bfloat16")
     check(module, torch.randn(tokens, 1152, device="cuda").to(dtype))
 
 
-@pytest.mark.parametrize("tokens", [1, 6, 16, 300])
+SHORT = [  # inputs and outputs in blocks of up to 256
+    ((16,) * 12, (16,) * 5),
+    ((256, 64, 16, 8), (256, 4, 2, 1)),
+    ((256, 256, 64) * 2, (128, 32, 16) * 2),
+    ((8,) * 3, (1,) * 7),
+    ((256,) * 4 + (32, 16, 8), (1, 256, 2, 128)),
+    ((256,) * 5, (256,) * 3),
+    ((128, 64), (64,) * 5 + (2,) * 8),
+]
+
+
+@pytest.mark.parametrize("tokens", [1, 6, 16, 300, 640, 2048])
 @pytest.mark.parametrize(
     ("in_blocks", "out_blocks"),
     [
-        ((16,) * 12, (16,) * 5),
+        *SHORT,
         ((512, 64), (512, 64)),
         ((8192,), (2048, 16)),
         ((32768,), (64,)),
         ((64,), (32768,)),
-        ((256, 64, 16, 8), (256, 4, 2, 1)),
-        ((256, 256, 64) * 2, (128, 32, 16) * 2),
-        ((8,) * 3, (1,) * 7),
         ((16384, 4096, 64), (4096, 512, 16)),
         ((64, 2048, 256), (16, 1024, 32)),
     ],
@@ -117,12 +130,57 @@ def test_layouts(tokens, in_blocks, out_blocks):
         check(blocks_layer(spec), torch.randn(tokens, spec.in_features, device="cuda").half())
 
 
+@pytest.mark.parametrize(("in_blocks", "out_blocks"), SHORT)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_dense_weights(in_blocks, out_blocks, dtype, bits):
+    """What cuBLAS multiplies with, number by number; rows of a piece, padding as zeros and nothing else."""
+    n, k = sum(out_blocks) - (3 if sum(out_blocks) > 16 else 0), sum(in_blocks) - 5
+    module = blocks_layer(LayerSpec(n, k, bits, out_blocks, in_blocks)).prepare(dtype)
+    weight = module_weight(module)
+    if not dense.unrotates(weight, torch.cuda.current_device()):
+        pytest.skip("shared memory has no room for a tile")
+    expected = dequantize(module.packed()).double()
+    middle = sum(out_blocks[: len(out_blocks) // 2])
+    for begin, end in ((0, weight.padded_out), (0, middle), (middle, weight.padded_out)):
+        rows = min(end, n) - begin
+        if rows <= 0:
+            continue
+        memory = torch.full((rows + 2, -(-k // 8) * 8), float("nan"), dtype=dtype, device="cuda")
+        dense._unrotate(weight, (begin, end), memory[1:-1], torch.cuda.current_stream().cuda_stream)
+        found, exact_rows = memory[1:-1, :k].double(), expected[begin : begin + rows]
+        rounded = (exact_rows.to(dtype).double() - exact_rows).norm()
+        assert (found - exact_rows).norm() <= 2.5 * rounded
+        rms = exact_rows.square().mean(1, keepdim=True).sqrt()
+        assert ((found - exact_rows).abs() <= 8 * torch.finfo(dtype).eps * rms).all()
+        assert (memory[1:-1, k:] == 0).all()
+        assert memory[[0, -1]].isnan().all()
+
+
+def module_weight(module: QuantLinear) -> Weight:
+    codes, ratios, *rest = module.arguments()
+    return Weight(codes, ratios.cuda(), *rest)
+
+
+@pytest.mark.parametrize("bias", [None, "float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_pieces_and_biases_of_dense_products(bias, dtype, monkeypatch):
+    """Pieces of rows one after another in the same memory."""
+    module, tokens = layer(1000, 1083, 4, bias=bias), MOST_WGMMA_ROTATED + 1
+    x = torch.randn(tokens, 1083, device="cuda").to(dtype)
+    whole = check(module, x)
+    monkeypatch.setattr(dense, "even_rows", lambda *sizes: 256)
+    pieces = check(module, x)
+    error = (pieces.double() - whole.double()).norm()
+    assert error <= 4 * torch.finfo(dtype).eps * whole.double().norm()
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_a_row_for_every_word(bits):
     """Output heads: many rows, none rotated."""
     n = 262144 + 16
     module = blocks_layer(LayerSpec(n, 320, bits, (1,) * n, layout_blocks(320, "pow2-sum-256", IN_FLOOR)))
-    for tokens in (1, 5, 16, 40, 300):
+    for tokens in (1, 5, 16, 40, 300, 520):
         check(module, torch.randn(tokens, 320, device="cuda").bfloat16())
 
 
@@ -242,7 +300,7 @@ def test_streams_and_threads():
             assert all(torch.equal(each, y) for each in ys)
 
 
-@pytest.mark.parametrize("tokens", [1, 8, 16, 48, 300])
+@pytest.mark.parametrize("tokens", [1, 8, 16, 48, 300, 2048])
 def test_graph_capture(tokens):
     modules = torch.nn.Sequential(layer(1152, 768, 3), layer(768, 1152, 4)).eval()
     for module in modules:
@@ -316,7 +374,10 @@ def test_sanitize(bits):
         module = layer(n, k, bits, bias="float16")
         for tokens in (1, 8, 16, 33, 200, 640, 2048):
             module(torch.randn(tokens, k, device="cuda").half())
+    for in_blocks, out_blocks in SHORT:
+        spec = LayerSpec(sum(out_blocks), sum(in_blocks) - 5, bits, out_blocks, in_blocks)
+        blocks_layer(spec)(torch.randn(2048, spec.in_features, device="cuda").half())
     spec = LayerSpec(520, 1080, bits, (512, 8), (1024, 64))
-    for tokens in (1, 8, 640):
+    for tokens in (1, 8, 640, MOST_WGMMA_ROTATED + 1):
         blocks_layer(spec)(torch.randn(tokens, 1080, device="cuda").half())
     torch.cuda.synchronize()

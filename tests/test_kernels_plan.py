@@ -23,7 +23,7 @@ from eightfold.cuda import linear as host
 from eightfold.cuda import plan as planning
 from eightfold.cuda import rotate as rotations
 from eightfold.cuda.compiler import KERNELS
-from eightfold.cuda.gemm import LEAST_WGMMA, MOST_GEMM, MOST_OVERLAP, MOST_WGMMA
+from eightfold.cuda.gemm import LEAST_WGMMA, MOST_GEMM, MOST_OVERLAP, MOST_WGMMA, MOST_WGMMA_ROTATED
 from eightfold.cuda.gemm_plan import FEW_ROWS, GEMM_TOKENS, WGMMA_TOKENS, gemm_variant, share_steps, wgmma_variant
 from eightfold.cuda.linear import MOST_FINISHED, MOST_MATVEC
 from eightfold.cuda.plan import (
@@ -95,6 +95,8 @@ STRUCTS = {
     "rotate_input_tiled": ("rotate.cu", "RotateParams"),
     "gemm": ("gemm.cu", "Params"),
     "wgmma": ("wgmma.cu", "Params"),
+    "dense_float16": ("dense.cu", "Params"),
+    "dense_bfloat16": ("dense.cu", "Params"),
     "dequantize": ("dequantize.cu", "Params"),
     "dequantize_shell": ("shell.cu", "Params"),
 }
@@ -169,7 +171,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(module, "load", fake.load)
         monkeypatch.setattr(module, "sm_count", lambda device: fake.processors)
         monkeypatch.setattr(module, "_index", lambda device: 0)
-    for module in (host, rotations, gemm):
+    for module in (host, rotations, dense, gemm):
         monkeypatch.setattr(module, "max_shared", lambda device: fake.shared)
     monkeypatch.setattr(host, "_workspace", recorded)
     monkeypatch.setattr(host._Counters, "_zeros", lambda self, count: torch.zeros(count, dtype=torch.int32))
@@ -223,15 +225,20 @@ def evaluate(expression: str, names: dict[str, int]) -> int:
     return int(eval(expression.replace("/", "//"), {}, names))
 
 
-@cache
-def matvec_constants(chosen) -> dict[str, int]:
-    """Macros, and integer constants at the outermost level, of matvec.cu and its headers."""
-    names = dict(chosen.defines)
-    for file in ("common.cuh", "quantize.cuh", "decode.cuh", "matvec.cu", "units.cuh"):
+def constants(defines: dict[str, int], *files: str) -> dict[str, int]:
+    """Macros, and integer constants at the outermost level of files in an order that defines them."""
+    names = dict(defines)
+    for file in files:
         for line in re.findall(r"^constexpr (?:int|u32) ([^;]+);", source(file), re.MULTILINE):
             for name, expression in re.findall(r"(\w+) = ([^,]+)", line):
                 names[name] = evaluate(re.sub(r"\b(0x\w+)u\b", r"\1", expression), names)
     return names
+
+
+@cache
+def matvec_constants(chosen) -> dict[str, int]:
+    """Those of matvec.cu and its headers."""
+    return constants(chosen.defines, "common.cuh", "quantize.cuh", "decode.cuh", "matvec.cu", "units.cuh")
 
 
 def matvec_bytes(chosen, units: int, tiles: int, tokens: int) -> int:
@@ -948,25 +955,38 @@ def test_warpgroups_multiply_any_number_of_tokens(gpu, tokens, tiled, bias, bits
     assert gpu.launches[0].p.tile == chosen.tokens
 
 
-@pytest.mark.parametrize(("tokens", "name"), [(LEAST_WGMMA, "gemm"), (MOST_WGMMA + 1, "dequantize")])
-def test_other_kernels_have_the_rest(gpu, monkeypatch, tokens, name):
+LONG = (512, 256, 128, 64)  # blocks of 960 inputs of which one is too long for dense.cu
+
+
+@pytest.mark.parametrize(
+    ("in_blocks", "tokens", "name"),
+    [
+        (None, LEAST_WGMMA, "gemm"),
+        (None, MOST_WGMMA + 1, "dense_float16"),
+        (LONG, LEAST_WGMMA, "gemm"),
+        (LONG, MOST_WGMMA_ROTATED + 1, "dequantize"),
+    ],
+)
+def test_other_kernels_have_the_rest(gpu, monkeypatch, in_blocks, tokens, name):
     monkeypatch.setattr(torch, "mm", lambda a, b, out: out)
-    host.linear(activations(tokens), weight_of(packed_for(), True), None)
+    host.linear(activations(tokens), weight_of(packed_for(in_blocks=in_blocks), True), None)
     assert name in gpu.names()
     assert "wgmma" not in gpu.names()
 
 
 def test_wide_blocks_are_tiled_for_warpgroups(gpu):
-    packed = packed_for(200, 960, in_blocks=(512, 256, 128, 64))
+    packed = packed_for(200, 960, in_blocks=LONG)
     weight = weight_of(packed, True)
-    host.linear(activations(90), weight, None)
-    assert gpu.names() == ["rotate_wide_input", "wgmma", "rotate_output"]
-    assert gpu.launches[0].p.tile == gpu.launches[1].defines["TOKENS"]
+    for tokens in (90, MOST_WGMMA_ROTATED):
+        gpu.launches.clear()
+        host.linear(activations(tokens), weight, None)
+        assert gpu.names() == ["rotate_wide_input", "wgmma", "rotate_output"]
+        assert gpu.launches[0].p.tile == gpu.launches[1].defines["TOKENS"]
 
 
 def test_workspace_of_a_product_is_bounded(gpu, monkeypatch):
     monkeypatch.setattr(gemm, "_CHUNK_BYTES", 2 * (960 + 208) * 600)
-    packed = packed_for(bits=4)
+    packed = packed_for(bits=4, in_blocks=LONG)
     weight, x = weight_of(packed, True), activations(700)
     y = host.linear(x, weight, None)
     products = [launch.p for launch in gpu.launches if launch.name == "wgmma"]
@@ -1005,9 +1025,10 @@ def test_more_tokens_of_what_cannot_be_tiled_are_more_launches(gpu, tokens, grou
     ((256, 64), None, [(0, 256), (256, 512), (512, 608)]),
     ((32768,), (512, 64, 32), [(0, 512), (512, 608)]),  # a block is longer than a piece
 ])  # fmt: skip
-def test_many_tokens_are_a_dense_product(gpu, monkeypatch, tiled, bias, in_blocks, out_blocks, spans):
+def test_many_tokens_are_a_rotated_dense_product(gpu, monkeypatch, tiled, bias, in_blocks, out_blocks, spans):
+    """Where blocks are longer than a tile of dense.cu, or shared memory has no room for one."""
     tokens, k, wide = MOST_GEMM + 1, sum(in_blocks) - 1, out_blocks is not None
-    gpu.processors, gpu.shared = (8, 101376) if wide else (108, 166912)
+    gpu.processors, gpu.shared = 8 if wide else 108, 101376
     monkeypatch.setattr(dense, "piece_rows", lambda *sizes: 256)
     packed = packed_for(600 if wide else 608, k, 5, in_blocks, out_blocks, bias=bias)
     weight, x = weight_of(packed, tiled), activations(tokens, k, torch.bfloat16)
@@ -1045,6 +1066,100 @@ def test_many_tokens_are_a_dense_product(gpu, monkeypatch, tiled, bias, in_block
         p = last.p
         assert (p.x_dtype, p.y, p.y_dtype, p.divisors) == (0, address(y), 1, first.p.divisors)
         assert (p.bias, p.bias_dtype) == (0 if bias is None else address(packed.bias), BIASES[bias])
+
+
+@pytest.mark.parametrize("shared", [232448, 166912])
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize(("dtype", "bias"), [
+    (torch.float16, None), (torch.float16, "float32"), (torch.bfloat16, "float16"), (torch.bfloat16, "bfloat16"),
+])  # fmt: skip
+@pytest.mark.parametrize(("n", "out_blocks", "spans"), [
+    (600, None, [(0, 256), (256, 512), (512, 608)]),
+    (507, (128, 64, 128, 128, 64), [(0, 192), (192, 448), (448, 512)]),  # pieces are whole blocks
+    (239, (128, 64, 32, 16, 32, 16), [(0, 240)]),  # the rest is padding
+])  # fmt: skip
+def test_many_tokens_are_a_dense_product(gpu, monkeypatch, shared, tiled, dtype, bias, n, out_blocks, spans):
+    gpu.processors, gpu.shared = DEVICES[shared], shared
+    monkeypatch.setattr(dense, "even_rows", lambda *sizes: 256)
+    packed = packed_for(n, 955, 5, out_blocks=out_blocks, bias=bias, scale=torch.float32)
+    weight, x = weight_of(packed, tiled), activations(MOST_WGMMA + 1, 955, dtype)
+    products = []
+
+    def addmm(start, a, b, out):
+        products.append((start, a, b, out))
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: addmm(None, a, b, out))
+    y = host.linear(x, weight, packed.bias)
+    assert gpu.names() == ["dense_" + str(dtype).removeprefix("torch.")] * len(spans)
+    for launch, (start, a, b, out), (begin, end) in zip(gpu.launches, products, spans, strict=True):
+        stop = min(end, n)
+        check_unrotate(launch, gpu, weight, (begin, end), address(b))
+        assert (a is x, b.shape, b.stride(), b.dtype) == (True, (955, stop - begin), (1, 960), dtype)
+        assert (address(out), out.shape, out.stride()) == (address(y[:, begin:]), (len(x), stop - begin), (n, 1))
+        assert (start is None) == (bias is None)
+        if bias is not None:
+            assert torch.equal(start, packed.bias[begin:stop].to(dtype))
+    assert len({address(b) for _, _, b, _ in products}) == 1  # they share the workspace
+
+
+def check_unrotate(launch, gpu, weight, span, to) -> None:
+    p, stages = launch.p, weight.stages
+    assert list(p.codes) == [address(c) for c in weight.codes]
+    tensors = weight.ratios, weight.scale_in, weight.scale_out
+    assert (p.ratios, p.scale_in, p.scale_out, p.weights) == (*map(address, tensors), to)
+    assert (p.row_stride, p.column_stride, p.tile_stride) == weight.strides
+    assert (p.scale_dtype, p.aligned) == (host.DTYPES[weight.scale_out.dtype], weight.aligned)
+    assert (p.begin, p.end) == span
+    assert (p.features_in, p.features_out) == (len(weight.scale_in), len(weight.scale_out))
+    assert p.pitch == -(-p.features_in // 8)
+    assert p.across == planning.segments(weight.in_blocks, 0, weight.padded_in)
+    assert p.tiles == p.across * planning.segments(weight.out_blocks, *span)
+    assert (raw(p, "in_runs"), raw(p, "out_runs")) == (pack_runs(weight.in_blocks), pack_runs(weight.out_blocks))
+    assert launch.grid == min(p.tiles, gpu.processors)
+    assert (launch.block, launch.overlap, launch.stream) == (512, weight.tiled, 7)
+    copies = 32 if gpu.shared > 160 * 1024 + 131072 // 4 else 1
+    assert launch.defines == {**stages.defines, "COPIES": copies, "E81B_COPIES": min(copies, 16)}
+    assert launch.shared == dense.shared_bytes(stages, copies)
+
+
+@pytest.mark.parametrize("e8p", range(1, 5))
+@pytest.mark.parametrize("e81b", [0, 1])
+def test_shared_memory_of_a_tile(e8p, e81b):
+    """What dense.py counts is what dense.cu lays out; nearly all of it is the tile and the tables."""
+    stages = Stages(e8p, e81b)
+    found = {shared: dense.table_copies(stages, shared) for shared in DEVICES}
+    assert found == {232448: 32, 166912: 1, 101376: 0}
+    for shared, copies in found.items():
+        if copies:
+            defines = {**stages.defines, "COPIES": copies, "E81B_COPIES": min(copies, 16)}
+            names = constants(defines, "common.cuh", "decode.cuh", "pairs.cuh", "dense.cu")
+            assert names["THREADS"] == dense._THREADS
+            assert names["TILE"] % 1024 == 0
+            assert names["SHARED_END"] == dense.shared_bytes(stages, copies) <= shared
+
+
+def test_who_unrotates(gpu):
+    """Blocks of up to 256 on both sides, of E8P and E81B, where shared memory has room."""
+    short, one_in, one_out = packed_for(), packed_for(in_blocks=LONG), packed_for(512, out_blocks=(512,))
+    assert [dense.unrotates(weight_of(packed), 0) for packed in (short, one_in, one_out)] == [True, False, False]
+    assert not dense.unrotates(weight_of(packed_for(family="e8shell")), 0)
+    assert dense.unrotates(weight_of(packed_for(20, 200, in_blocks=(128, 64, 8), out_blocks=(16, 4))), 0)
+    gpu.shared = 101376
+    assert not dense.unrotates(weight_of(short), 0)
+
+
+def test_pieces_are_few_and_even():
+    for rows, columns, expected in (
+        (28672, 8192, 28672),  # all at once
+        (16, 64, 256),
+        (65536, 65536, 4096),
+        (65536, 8192, 32768),
+        (40000, 8192, 20224),
+        (300, 1 << 21, 256),  # a row of blocks at least
+    ):
+        assert dense.even_rows(rows, columns) == expected
+        assert 2 * expected * columns <= dense.DENSE_BYTES or expected == 256
 
 
 def check_dequantize(launch, weight, to, row, rows) -> None:
@@ -1297,6 +1412,7 @@ def test_captures_beyond_the_reserve_take_two_launches(gpu, monkeypatch):
 def check_prepared(gpu, packed, monkeypatch) -> None:
     """After prepare(), calls of every size load nothing and make no counters but a new stream's."""
     monkeypatch.setattr(torch, "mm", lambda a, b, out: out)
+    monkeypatch.setattr(torch, "addmm", lambda start, a, b, out: out)
     weight = weight_of(packed)
     if can_tile(weight.padded_out, weight.in_blocks):
         weight = weight_of(packed, True)
@@ -1308,8 +1424,10 @@ def check_prepared(gpu, packed, monkeypatch) -> None:
     assert host._counters_of.cache_info().currsize == 1
     assert gpu.waits
     gpu.capturing = True
-    for tokens in (1, 2, 5, 9, 16, 17, 37, MOST_MATVEC, MOST_MATVEC + 1, 100, MOST_GEMM, MOST_GEMM + 1):
-        host.linear(activations(tokens, k), weight, packed.bias)
+    borders = MOST_MATVEC, MOST_GEMM, MOST_WGMMA, MOST_WGMMA_ROTATED
+    for tokens in (1, 2, 5, 9, 16, 17, 37, 100, *borders, *(border + 1 for border in borders)):
+        for dtype in (torch.float16, torch.bfloat16):
+            host.linear(activations(1, k, dtype).expand(tokens, k), weight, packed.bias)
     assert gpu.loads[before:] == []
 
 

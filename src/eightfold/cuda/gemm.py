@@ -1,4 +1,4 @@
-"""The linear for 17 to some thousand tokens from the codes: rotate the input, multiply, rotate back.
+"""The linear for 17 to some hundred or thousand tokens from the codes: rotate the input, multiply, rotate back.
 
 The product is wgmma.cu where there is warpgroup mma (compute capability 9.0) and tokens are many, else gemm.cu.
 """
@@ -10,6 +10,7 @@ import struct
 import torch
 from torch import Tensor
 
+from eightfold.cuda.dense import unrotates
 from eightfold.cuda.driver import Kernel, arch, load, max_shared, sm_count
 from eightfold.cuda.driver import device_index as _index
 from eightfold.cuda.gemm_plan import (
@@ -24,7 +25,8 @@ from eightfold.cuda.gemm_plan import (
 from eightfold.cuda.rotate import DTYPES, Rows, Side, kernel, rotate_input, rotate_output
 from eightfold.cuda.weight import Weight
 
-MOST_GEMM, MOST_WGMMA = 256, 2048  # tokens up to which each beats decoding the weight for cuBLAS
+MOST_GEMM, MOST_WGMMA = 256, 384  # tokens up to which each beats making a dense weight for cuBLAS
+MOST_WGMMA_ROTATED = 2048  # the same of weights that only come rotated (dense.py)
 LEAST_WGMMA = 64  # tokens up to which gemm is as fast as wgmma
 MOST_OVERLAP = 256  # tokens up to which rotations are so short that beginning early matters more than even shares
 _CHUNK_BYTES = 512 << 20  # of float16 activations on both sides of a product
@@ -32,7 +34,9 @@ _CHUNK_BYTES = 512 << 20  # of float16 activations on both sides of a product
 
 def takes(weight: Weight, tokens: int, device: int) -> bool:
     """Whether `product` is the fastest way for more tokens than matvec takes."""
-    most = MOST_WGMMA if arch(device) == 90 else MOST_GEMM
+    most = MOST_WGMMA if unrotates(weight, device) else MOST_WGMMA_ROTATED
+    if arch(device) != 90:
+        most = MOST_GEMM
     return weight.aligned and not weight.stages.shells and tokens <= most
 
 

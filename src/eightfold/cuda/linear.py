@@ -3,8 +3,8 @@
 Up to 16 tokens: matvec, which reads the codes once; quantize_input before it unless matvec can do that itself (up to
 ALONE_TOKENS), rotate_output after it unless it can do that (up to MOST_FINISHED). Then, while gemm.takes it, a product
 from the codes between rotate_input and rotate_output; where codes cannot be tiled, matvec for every 16 up to
-MOST_MATVEC. More: the weight is decoded to float16, piece after piece, and cuBLAS multiplies (dense.py); for stages of
-E8 shells always. Everything is queued on the current stream; memory comes from PyTorch's pool. Within 2-8 and 9-16
+MOST_MATVEC. More: a dense weight is made, piece after piece, and cuBLAS multiplies (dense.py); for stages of E8 shells
+always. Everything is queued on the current stream; memory comes from PyTorch's pool. Within 2-8 and 9-16
 tokens (of several 16, the last too), 17-32, 33-64, 65-128 and every further tile of tokens a token's result does not
 depend on the others; where cuBLAS multiplies that is its affair.
 """
@@ -19,7 +19,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from eightfold.cuda.dense import dense, dequantize
+from eightfold.cuda.dense import dense, prepare_dense
 from eightfold.cuda.driver import Kernel, arch, load, max_shared, sm_count
 from eightfold.cuda.driver import device_index as _index
 from eightfold.cuda.gemm import prepare_product, product
@@ -107,7 +107,7 @@ def prepare(weight: Weight) -> None:
         _matvec(chosen, device)
         kernel("quantize_input", shared_buffer(_plan(weight, chosen, tokens, device).buffer, device), device)
     prepare_rotations(weight.in_blocks, weight.out_blocks, device)
-    dequantize(weight.stages, device)
+    prepare_dense(weight)
     if weight.aligned and not weight.stages.shells:
         prepare_product(weight)
     _counters_of(device)

@@ -15,7 +15,9 @@ struct Butterfly {
   int log;
 };
 
-// The Hadamard matrix over the bits `active` of row and column; over the others the identity.
+// The Hadamard matrix over the bits `active` of row and column; over the others the identity. ONE: 1 as 16 bits of the
+// operands' type.
+template <u32 ONE = 0x3f80u>
 __device__ __forceinline__ void hadamard_fragment(u32 (&a)[4], int active) {
   int lane;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane)); // volatile: not to be kept ready in registers through a loop
@@ -26,7 +28,7 @@ __device__ __forceinline__ void hadamard_fragment(u32 (&a)[4], int active) {
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
       const int row = g + 8 * (r & 1), column = 2 * t + 8 * (r >> 1) + pair;
-      const u32 one = 0x3f80u | (0x6996u >> (row & column & active) & 1) << 15; // bits of 0x6996: parities
+      const u32 one = ONE | (0x6996u >> (row & column & active) & 1) << 15; // bits of 0x6996: parities
       if (((row ^ column) & ~active) == 0) a[r] |= one << 16 * pair;
     }
   }
