@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import threading
 
 import pytest
 import torch
 from models import write_model
 from safetensors import safe_open
 
+from eightfold.files import measures
 from eightfold.folder import ModelFolder
 from eightfold.format import CheckpointError
 
@@ -63,6 +66,29 @@ def test_hash_is_of_the_content(single, sharded, broken):
     content[-1] ^= 1
     weights.write_bytes(content)
     assert ModelFolder(single).sha256() != ModelFolder(broken).sha256()
+
+
+def test_files_are_hashed_side_by_side_whatever_pytorchs_threads(sharded, monkeypatch):
+    """torchrun leaves PyTorch one thread a process."""
+    expected, files = ModelFolder(sharded).sha256(), sorted(sharded.glob("*.safetensors"))[:2]
+    digest, two, calls = hashlib.file_digest, threading.Barrier(2, timeout=20), []
+
+    def wait_for_another(*args):
+        calls.append(args)
+        if len(calls) <= 2:
+            two.wait()
+        return digest(*args)
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(hashlib, "file_digest", wait_for_another)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert ModelFolder(sharded).sha256() == expected
+        calls.clear()
+        assert [each["bytes"] for each in measures(files)] == [file.stat().st_size for file in files]
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_unknown_tensor(single):

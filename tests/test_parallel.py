@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from eightfold.parallel import ordered_map, single_threaded, workers_for
+from eightfold.parallel import MOST_READERS, ordered_map, readers, single_threaded, workers_for
 
 
 def test_results_come_in_order():
@@ -86,6 +86,17 @@ def test_no_workers_is_refused():
 def test_runs_on_several_threads():
     barrier = threading.Barrier(2, timeout=20)
     assert len(set(ordered_map(lambda _: (barrier.wait(), threading.get_ident())[1], range(2), 2))) == 2
+
+
+def test_readers_are_as_many_as_processors_not_as_pytorchs_threads(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(3)))
+    with single_threaded():
+        assert readers() == 3
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(100)))
+    assert readers() == MOST_READERS
+    monkeypatch.delattr("os.sched_getaffinity")
+    monkeypatch.setattr("os.cpu_count", lambda: 5)
+    assert readers() == 5
 
 
 def test_interrupt_ends_it():

@@ -24,6 +24,7 @@ from eightfold.files import (
     atomically,
     lock,
     measure,
+    measures,
     natural,
     nbytes,
     read_json,
@@ -257,7 +258,7 @@ def write_folder(
         (out / name).write_text(text, encoding="utf-8")
     if manifest:
         names = sorted(file.name for file in out.iterdir())
-        files = dict(zip(names, ordered_map(measure, [out / name for name in names]), strict=True))
+        files = dict(zip(names, measures(out / name for name in names), strict=True))
         layers = [_without_volatile(record) for record in workspace.records()]
         content = {"format_version": FORMAT_VERSION, "files": files, "layers": layers}
         (out / MANIFEST).write_text(to_json(content), encoding="utf-8")
@@ -356,12 +357,11 @@ def verify_files(path: str | Path) -> list[str]:
     files = read_json(path / MANIFEST).get("files")
     if not isinstance(files, dict):
         return [f"{path / MANIFEST}: expected an object 'files', there is none"]
-    problems = []
-    for name, announced in files.items():
-        if not (path / name).is_file():
-            problems.append(f"{name}: listed in {MANIFEST}, there is no such file")
-        elif (came := measure(path / name)) != announced:
-            problems.append(f"{name}: expected {announced}, came {came}")
+    there = [name for name in files if (path / name).is_file()]
+    problems = [f"{name}: listed in {MANIFEST}, there is no such file" for name in files if name not in there]
+    for name, came in zip(there, measures(path / name for name in there), strict=True):
+        if came != files[name]:
+            problems.append(f"{name}: expected {files[name]}, came {came}")
     weights = {file.name for file in path.glob("*.safetensors*")} - set(files)
     return problems + [f"{name}: not listed in {MANIFEST}" for name in sorted(weights)]
 

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from eightfold.folder import DTYPE_BYTES
 from eightfold.format import CheckpointError
+from eightfold.parallel import ordered_map, readers
 
 TensorCode = tuple[str, tuple[int, ...]]  # dtype as safetensors spells it, shape
 
@@ -107,6 +108,11 @@ def measure(path: Path) -> dict[str, Any]:
     """{"bytes": size, "sha256": hexadecimal} of a file."""
     with open(path, "rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def measures(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
+    """`measure` of each, several at once."""
+    return ordered_map(measure, paths, readers())
 
 
 def to_json(content: Any, sort_keys: bool = False) -> str:

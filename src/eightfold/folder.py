@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from eightfold.format import CheckpointError, QuantConfig, bias_bytes, code_bytes, vector_bytes
-from eightfold.parallel import ordered_map
+from eightfold.parallel import ordered_map, readers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -112,7 +112,7 @@ class ModelFolder:
         if self._digest is None:
             files = [self.path / "config.json", *sorted({info.file for info in self.tensors.values()})]
             whole = hashlib.sha256()
-            for digest in ordered_map(_file_digest, files):
+            for digest in ordered_map(_file_digest, files, readers()):
                 whole.update(digest)
             self._digest = whole.hexdigest()
         return self._digest

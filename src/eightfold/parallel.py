@@ -7,6 +7,7 @@ pieces.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,8 @@ import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+MOST_READERS = 8
 
 _outer: list[int] = []  # thread counts from before each single_threaded() that is active, outermost first
 
@@ -39,6 +42,13 @@ def workers_for(device: torch.device) -> int:
     if device.type != "cpu":
         return 1
     return _outer[0] if _outer else torch.get_num_threads()
+
+
+def readers() -> int:
+    """How many files to read and hash at once: as many as this process may use processors, 8 at most. PyTorch's threads
+    have no say, of which torchrun leaves each process one."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable, MOST_READERS)
 
 
 def ordered_map(fn: Callable[[Item], Result], items: Iterable[Item], workers: int | None = None) -> Iterator[Result]:
