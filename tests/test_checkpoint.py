@@ -6,7 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import IO, cast
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ from eightfold.checkpoint import (
     read_packed,
     verify_files,
 )
-from eightfold.files import file_bytes, header
+from eightfold.files import file_bytes, header, measure, write_tensors
 from eightfold.folder import ModelFolder
 from eightfold.format import CheckpointError, QuantConfig
 
@@ -151,6 +153,50 @@ def test_header_is_the_librarys_for_every_dtype(tmp_path):
     save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
     ours = header(codes)
     assert (tmp_path / "x.safetensors").read_bytes()[: len(ours)] == ours
+
+
+class Together:
+    """A file and a hash: each piece is written while it is hashed, or the barrier breaks."""
+
+    def __init__(self) -> None:
+        self.both, self.content, self.hashed = threading.Barrier(2, timeout=20), b"", hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        self.both.wait()
+        self.content += data
+
+    def update(self, data: bytes) -> None:
+        self.both.wait()
+        self.hashed.update(data)
+
+    def hexdigest(self) -> str:
+        return self.hashed.hexdigest()
+
+
+def test_tensors_are_hashed_while_they_are_written(tmp_path, monkeypatch):
+    tensors = {name: torch.arange(5) + i for i, name in enumerate("abc")}
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
+    expected, file = measure(tmp_path / "x.safetensors"), Together()
+    monkeypatch.setattr(hashlib, "sha256", lambda: file)
+    codes = dict.fromkeys(tensors, ("I64", (5,)))
+    assert write_tensors(cast(IO[bytes], file), codes, tensors.__getitem__) == expected
+    assert file.content == (tmp_path / "x.safetensors").read_bytes()
+
+
+def test_a_tensor_that_cannot_be_read_ends_the_writing(source, tmp_path, monkeypatch):
+    mapped = ModelFolder.mapped
+
+    def fail(self, name):
+        if name == "model.norm.weight":
+            raise CheckpointError("the disk is gone")
+        return mapped(self, name)
+
+    monkeypatch.setattr(ModelFolder, "mapped", fail)
+    with pytest.raises(CheckpointError, match="the disk is gone"):
+        write_checkpoint(source, tmp_path / "out", shard_bytes=3000)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    assert verify_files(write_checkpoint(source, tmp_path / "out", shard_bytes=3000)) == []
 
 
 def test_a_quantized_head_is_untied(source, tmp_path):
@@ -375,7 +421,7 @@ def die_at(moment):
             tick()
             return read(name)
 
-        write(file, codes, read_and_die)
+        return write(file, codes, read_and_die)
 
     checkpoint.write_tensors = write_and_die
     sys.addaudithook(watch)

@@ -39,7 +39,7 @@ from eightfold.parallel import ordered_map
 
 MANIFEST = "eightfold.json"
 SHARD_BYTES = 5 * 10**9
-WRITERS = 2  # files written at once
+WRITERS = 4  # files written at once; several threads that write to one only wait for each other
 # Files of the source that go along: what a tokenizer or generation needs, and the terms of use.
 COPIED = ("tokenizer*", "vocab*", "merges.txt", "*.tiktoken", "*.jinja", "chat_template.json", "spiece.model")
 COPIED += ("special_tokens_map.json", "added_tokens.json", "generation_config.json", "LICENSE*", "NOTICE*")
@@ -129,8 +129,8 @@ class Workspace:
                 raise CheckpointError(f"{name}: expected finite values, came some that are not")
         data, about = self._files(index)
         codes = {name: (DTYPE_CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
-        atomically(data, lambda file: write_tensors(file, codes, tensors.__getitem__))
-        write_text(about, to_json({**measure(data), "record": _without_infinity(dict(record))}))
+        written = atomically(data, lambda file: write_tensors(file, codes, tensors.__getitem__))
+        write_text(about, to_json({**written, "record": _without_infinity(dict(record))}))
 
     def load_layer(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors (CPU) and record of a finished layer. Raises CheckpointError if the file has changed."""
@@ -208,15 +208,15 @@ def assemble(
 ) -> Path:
     """Make the whole checkpoint in the workspace and return its folder; `publish` puts it in place.
 
-    Takes the quantized tensors from the workspace and all others, byte for byte, from `source`, one tensor at
-    a time. `texts`: further files (a model card) by name. Raises CheckpointError naming a tensor
+    Takes the quantized tensors from the workspace and all others, byte for byte, from `source`, as
+    they are mapped to memory. `texts`: further files (a model card) by name. Raises CheckpointError naming a tensor
     that is missing, too many, or not as `config` says.
     """
     owners = _owners(workspace, config)
 
     def read(name: str) -> Tensor:
         if name not in owners:
-            return source.read(name)
+            return source.mapped(name)
         with safe_open(owners[name], framework="pt") as file:
             return file.get_tensor(name)
 
@@ -242,12 +242,11 @@ def write_folder(
     out.mkdir()
     shards = plan_shards(tensors, shard_bytes)
 
-    def write(file: str) -> None:
+    def write(file: str) -> dict[str, Any]:
         with open(out / file, "wb") as stream:
-            write_tensors(stream, {name: tensors[name] for name in shards[file]}, read)
+            return write_tensors(stream, {name: tensors[name] for name in shards[file]}, read)
 
-    for _ in ordered_map(write, shards, WRITERS):
-        pass
+    written = dict(zip(shards, ordered_map(write, shards, WRITERS), strict=True))
     if len(shards) > 1:
         places = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": sum(map(nbytes, tensors.values()))}, "weight_map": places}
@@ -257,10 +256,10 @@ def write_folder(
     for name, text in texts.items():
         (out / name).write_text(text, encoding="utf-8")
     if manifest:
-        names = sorted(file.name for file in out.iterdir())
-        files = dict(zip(names, measures(out / name for name in names), strict=True))
+        others = sorted(file.name for file in out.iterdir() if file.name not in written)
+        files = written | dict(zip(others, measures(out / name for name in others), strict=True))
         layers = [_without_volatile(record) for record in workspace.records()]
-        content = {"format_version": FORMAT_VERSION, "files": files, "layers": layers}
+        content = {"format_version": FORMAT_VERSION, "files": dict(sorted(files.items())), "layers": layers}
         (out / MANIFEST).write_text(to_json(content), encoding="utf-8")
     for path in (*out.iterdir(), out, workspace.path):
         sync(path)

@@ -1,4 +1,4 @@
-"""GLQ checkpoints to eightfold's format and back, one tensor in memory for each file being written."""
+"""GLQ checkpoints to eightfold's format and back, two tensors in memory for each file being written."""
 
 from __future__ import annotations
 

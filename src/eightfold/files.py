@@ -1,4 +1,4 @@
-"""Files on disk: safetensors one tensor at a time, writes that are whole or not there, locks, hashes."""
+"""Files on disk: safetensors tensor by tensor, writes that are whole or not there, locks, hashes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from eightfold.folder import DTYPE_BYTES
 from eightfold.format import CheckpointError
 from eightfold.parallel import ordered_map, readers
 
+Written = TypeVar("Written")
 TensorCode = tuple[str, tuple[int, ...]]  # dtype as safetensors spells it, shape
 
 _SIZES: dict[str, int] = {**DTYPE_BYTES}
@@ -50,12 +52,26 @@ def _in_file_order(tensors: Mapping[str, TensorCode]) -> list[str]:
     return sorted(tensors, key=lambda name: (_ORDER.index(tensors[name][0]), name))
 
 
-def write_tensors(file: IO[bytes], codes: Mapping[str, TensorCode], read: Callable[[str], Tensor]) -> None:
-    """A safetensors file, one tensor in memory at a time (the library wants all at once)."""
-    file.write(header(codes))
+def write_tensors(file: IO[bytes], codes: Mapping[str, TensorCode], read: Callable[[str], Tensor]) -> dict[str, Any]:
+    """A safetensors file, two tensors in memory at a time (the library wants all at once): one is written, the one
+    before is hashed. Returns what `measure` would of the file."""
+    digest, size = hashlib.sha256(), 0
+    with ThreadPoolExecutor(1) as beside:
+        hashing: Future[None] | None = None
+        for data in _pieces(codes, read):
+            if hashing is not None:
+                hashing.result()
+            hashing = beside.submit(digest.update, data)
+            file.write(data)
+            size += len(data)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _pieces(codes: Mapping[str, TensorCode], read: Callable[[str], Tensor]) -> Iterator[bytes | memoryview]:
+    """What a safetensors file is made of, in order."""
+    yield header(codes)
     for name in _in_file_order(codes):
-        tensor = read(name).detach().cpu().contiguous()
-        file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        yield read(name).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def nbytes(code: TensorCode) -> int:
@@ -63,15 +79,16 @@ def nbytes(code: TensorCode) -> int:
     return _SIZES[code[0]] * math.prod(code[1])
 
 
-def atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let `write` fill a file that appears as `path` only when it is whole and on the disk."""
+def atomically(path: Path, write: Callable[[IO[bytes]], Written]) -> Written:
+    """What `write` returns, after it has filled a file that appears as `path` only when it is whole and on the disk."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
-        write(file)
+        written = write(file)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
     sync(path.parent)
+    return written
 
 
 def write_text(path: Path, text: str) -> None:

@@ -89,17 +89,19 @@ class ModelFolder:
         """The tensor called `name`, in its own dtype, in memory of its own on `device`."""
         return self._read_stored(name, device)
 
-    def _read_stored(self, name: str, device: str | torch.device = "cpu") -> torch.Tensor:
+    def mapped(self, name: str) -> torch.Tensor:
+        """The stored tensor called `name` without a copy: a view of the mapped file, not to be written to."""
         if name not in self.stored:
             raise CheckpointError(f"{self.path}: expected a tensor {name!r}, there is none")
         file = self.stored[name].file
         try:
             with safe_open(file, framework="pt") as shard:
-                tensor = shard.get_tensor(name)
+                return shard.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: cannot read tensor {name!r}: {error}") from error
-        # What safetensors returns is a view of the mapped file, which must not be written to.
-        kind = torch.device(device).type
+
+    def _read_stored(self, name: str, device: str | torch.device = "cpu") -> torch.Tensor:
+        tensor, kind = self.mapped(name), torch.device(device).type
         if kind == "cpu":
             return tensor.clone()
         if kind != "cuda" or tensor.nbytes > MOST_PINNED:
