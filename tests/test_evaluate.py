@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from eightfold import bundled, evaluate
 from eightfold.folder import ModelFolder
+from eightfold.model import Decoder
 
 WINDOWS = torch.randint(4096, (5, 40), generator=torch.Generator().manual_seed(0))
 
@@ -91,6 +92,23 @@ def test_progress_ends_at_its_total(models):
     evaluate.evaluate(models[0], WINDOWS, models[1], progress=lambda done, total: seen.append((done, total)))
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert seen[-1] == (5 * 2 * 4, 5 * 2 * 4)
+
+
+def test_known_hidden_states_save_a_walk_and_change_nothing(models, monkeypatch):
+    seen: list[tuple[int, int]] = []
+    whole = evaluate.evaluate(models[0], WINDOWS, models[1])
+    known = evaluate.final_hidden(Decoder(models[1], torch.device("cpu"), torch.float32), WINDOWS)
+    walked, load_layer = [], Decoder.load_layer
+    monkeypatch.setattr(Decoder, "load_layer", lambda *args: walked.append(args[0].folder) or load_layer(*args))
+    told = lambda done, total: seen.append((done, total))  # noqa: E731
+    assert evaluate.evaluate(models[0], WINDOWS, models[1], progress=told, known=known) == whole
+    assert set(walked) == {models[0]}
+    assert seen[-1] == (5 * (3 + 2), 5 * (3 + 2))
+
+
+def test_hidden_states_of_several_passes_are_not_given(models, monkeypatch):
+    monkeypatch.setattr(evaluate, "HIDDEN_BYTES", 2 * 5 * 40 * 200 * 4 - 1)
+    assert evaluate.final_hidden(Decoder(models[1], torch.device("cpu"), torch.float32), WINDOWS) == []
 
 
 def test_bad_windows(models):

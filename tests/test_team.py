@@ -44,6 +44,41 @@ def test_two_processes_write_what_one_does(model: Path, tmp_path: Path) -> None:
     assert files_of(tmp_path / "out-1") == files_of(tmp_path / "out-2")
 
 
+@pytest.fixture(scope="module")
+def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "out"
+    assert judged(model, out, 1) == [["checkpoint", "original", "samples"]]
+    return out
+
+
+def judged(model: Path, out: Path, processes: int, hidden_bytes: int = 0) -> list[list[str]]:
+    """What each process did for the gate of a run of its own (`team_worker.py`)."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    worker = [str(Path(__file__).with_name("team_worker.py")), str(model), str(out), str(hidden_bytes)]
+    done = run([sys.executable, *torchrun, *worker])
+    assert done.returncode == 0, done.stderr[-3000:]
+    notes = [out.with_name(f"out.{rank}") for rank in range(processes)]
+    return [file.read_text().split() if file.exists() else [] for file in notes]
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_the_last_process_takes_the_original_through_the_text_and_samples(
+    processes: int, model: Path, alone: Path, tmp_path: Path
+) -> None:
+    first, *others, last = judged(model, tmp_path / "out", processes)
+    assert first == ["checkpoint"]
+    assert others == [[]] * (processes - 2)
+    assert last == ["original", "samples"]
+    assert files_of(tmp_path / "out") == files_of(alone)
+
+
+def test_several_passes_are_left_to_the_first_process(model: Path, alone: Path, tmp_path: Path) -> None:
+    first, last = judged(model, tmp_path / "out", 2, hidden_bytes=1)
+    assert first == ["checkpoint", "original"] * 2  # one window a pass
+    assert last == ["samples"]
+    assert files_of(tmp_path / "out") == files_of(alone)
+
+
 def test_a_process_that_dies_ends_all_and_leaves_what_can_be_resumed(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -6,7 +6,7 @@ Both models are walked layer by layer over the same windows, so neither is ever 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -64,8 +64,11 @@ def evaluate(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
+    known: Sequence[Tensor] = (),
 ) -> EvalResult:
     """Run the model in `folder`, and `against`, over `windows` (long [W, T], T >= 2) of tokens.
+
+    `known`: what `final_hidden` gives for `against`, where another process has computed it, on `device`.
 
     Each window is on its own: its first token is given, the T - 1 others are predicted. Standard errors take
     windows as independent draws; that of a perplexity is first-order (delta method), and that of the ratio
@@ -76,9 +79,18 @@ def evaluate(
         raise ValueError(f"windows: expected long [W, T], T >= 2, came {windows.dtype} {list(windows.shape)}")
     place = torch.device(device)
     decoders = [Decoder(each, place, dtype) for each in (folder, against) if each is not None]
-    steps = _Steps(progress, len(windows), sum(len(d.layer_names) + 1 for d in decoders))
-    rows = [row for chosen in _passes(windows, decoders) for row in _pass(decoders, windows, chosen, steps)]
+    walked = decoders[:1] if known else decoders
+    steps = _Steps(progress, len(windows), len(decoders) + sum(len(d.layer_names) for d in walked))
+    rows = [row for chosen in _passes(windows, decoders) for row in _pass(decoders, windows, chosen, known, steps)]
     return _summary(torch.tensor(rows, dtype=torch.float64), windows)
+
+
+def final_hidden(decoder: Decoder, windows: Tensor) -> list[Tensor]:
+    """The last layer's hidden states [1, T, D] of every window, on the decoder's device: what `evaluate` may know. None
+    where that takes the windows in several passes."""
+    if len(_passes(windows, [decoder, decoder])) > 1:
+        return []
+    return _final_hidden(decoder, windows, _Steps(None, 0, 0))
 
 
 class _Steps:
@@ -100,9 +112,15 @@ def _passes(windows: Tensor, decoders: list[Decoder]) -> list[range]:
     return [range(w, min(w + count, len(windows))) for w in range(0, len(windows), count)]
 
 
-def _pass(decoders: list[Decoder], windows: Tensor, chosen: range, steps: _Steps) -> Iterator[list[float]]:
+def _pass(
+    decoders: list[Decoder], windows: Tensor, chosen: range, known: Sequence[Tensor], steps: _Steps
+) -> Iterator[list[float]]:
     """For each chosen window: mean nll; against another model also its nll, KL, share of equal tokens."""
-    hidden = [_final_hidden(decoder, windows[chosen.start : chosen.stop], steps) for decoder in decoders]
+    part = slice(chosen.start, chosen.stop)
+    walked = decoders[:1] if known else decoders
+    hidden = [_final_hidden(decoder, windows[part], steps) for decoder in walked]
+    if known:
+        hidden.append(list(known[part]))
 
     def compare(w: int) -> list[float]:
         row = _compare(decoders, [states[w - chosen.start] for states in hidden], windows[w])

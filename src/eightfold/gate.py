@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eightfold.calibration import tokens_sha256
 from eightfold.checkpoint import MANIFEST
-from eightfold.evaluate import EvalResult, NotFiniteError, evaluate
+from eightfold.evaluate import EvalResult, NotFiniteError, evaluate, final_hidden
 from eightfold.files import measure, read_json, sync, to_json
 from eightfold.folder import ModelFolder
 from eightfold.team import Team
@@ -89,9 +89,13 @@ def _without_infinity(value: Any) -> Any:
 
 
 def help_to_judge(plan: Plan, team: Team) -> None:
-    """The last process of a team samples from the checkpoint while the first one evaluates it, if it sees it."""
+    """The last process of a team takes the original through the held-out text while the first one writes the
+    checkpoint, and samples from that, if it sees it, while the first one evaluates it."""
+    known = final_hidden(plan.decoder, plan.held_out) if team.rank == team.size - 1 else []
     made = team.tell(None)
     sampler = _sampler(made, team)
+    team.fetch(known, team.size - 1, plan.decoder.device)
+    known.clear()
     team.gather([_sample(plan, made)] if team.rank == sampler else [])
 
 
@@ -108,6 +112,7 @@ def _sample(plan: Plan, made: Path) -> tuple[list[tuple[str, str]], int]:
 def _verdict(plan: Plan, made: Path, phase: Any, advance: Any, team: Team) -> Verdict:
     request, decoder, windows = plan.request, plan.decoder, plan.held_out
     done, sampler = 0, _sampler(team.tell(made), team)
+    known = team.fetch([], team.size - 1, decoder.device)
 
     def progress(step: int, steps: int) -> None:
         nonlocal done
@@ -118,7 +123,7 @@ def _verdict(plan: Plan, made: Path, phase: Any, advance: Any, team: Team) -> Ve
 
     broken = ""
     try:
-        evaluation = evaluate(ModelFolder(made), windows, plan.folder, decoder.device, decoder.dtype, progress)
+        evaluation = evaluate(ModelFolder(made), windows, plan.folder, decoder.device, decoder.dtype, progress, known)
     except NotFiniteError as error:
         evaluation, broken = None, str(error)
     phase("generating", 1)

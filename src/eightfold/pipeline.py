@@ -36,7 +36,8 @@ def quantize_model(plan: Plan, listener: Listener) -> Outcome:
     """Carry out `plan`. Interrupted at any moment, the same call goes on after the last finished layer.
 
     Where torch.distributed is initialized, its processes, each with the same plan but for the device, share the work on
-    the layers; process 0 alone finds rates, writes, evaluates, and tells its listener. All return the same.
+    the layers; process 0 alone finds rates, writes, evaluates, and tells its listener; meanwhile the last one helps to
+    judge (gate.py). All return the same.
     """
     team = Team()
     _limit_memory(plan)

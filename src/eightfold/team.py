@@ -106,6 +106,21 @@ class Team:
         distributed.all_gather_object(every, things)
         return [thing for each in every for thing in each]
 
+    def fetch(self, own: list[Tensor], source: int, device: torch.device) -> list[Tensor]:
+        """The tensors `own` of process `source`, on process 0 and its `device`. The others give and get none."""
+        if source == 0:
+            return own
+        shapes = self.gather([(tensor.shape, tensor.dtype) for tensor in own])
+        if self.rank == source:
+            for tensor in own:
+                distributed.send(tensor.contiguous(), 0)
+        if self.rank:
+            return []
+        found = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
+        for tensor in found:
+            distributed.recv(tensor, source)
+        return found
+
     def tell(self, thing: Any) -> Any:
         """What process 0 has, on every process, through memory of the host."""
         if self.size == 1:
