@@ -22,11 +22,12 @@ from eightfold.cuda.gemm_plan import (
     share_steps,
     wgmma_variant,
 )
+from eightfold.cuda.plan import is_few
 from eightfold.cuda.rotate import DTYPES, Rows, Side, kernel, rotate_input, rotate_output
 from eightfold.cuda.weight import Weight
 
-MOST_GEMM, MOST_WGMMA = 256, 384  # tokens up to which each beats making a dense weight for cuBLAS
-MOST_WGMMA_ROTATED = 2048  # the same of weights that only come rotated (dense.py)
+MOST_GEMM, MOST_WGMMA = 256, 2048  # tokens up to which each beats making a dense weight for cuBLAS
+MOST_WGMMA_FEW = 512  # the same of few weights that come rotated back (dense.py)
 LEAST_WGMMA = 64  # tokens up to which gemm is as fast as wgmma
 MOST_OVERLAP = 256  # tokens up to which rotations are so short that beginning early matters more than even shares
 _CHUNK_BYTES = 512 << 20  # of float16 activations on both sides of a product
@@ -34,7 +35,8 @@ _CHUNK_BYTES = 512 << 20  # of float16 activations on both sides of a product
 
 def takes(weight: Weight, tokens: int, device: int) -> bool:
     """Whether `product` is the fastest way for more tokens than matvec takes."""
-    most = MOST_WGMMA if unrotates(weight, device) else MOST_WGMMA_ROTATED
+    few = is_few(weight.padded_out, weight.padded_in) and unrotates(weight, device)
+    most = MOST_WGMMA_FEW if few else MOST_WGMMA
     if arch(device) != 90:
         most = MOST_GEMM
     return weight.aligned and not weight.stages.shells and tokens <= most
