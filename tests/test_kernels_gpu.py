@@ -10,7 +10,7 @@ import torch
 from packing import random_packed
 
 from eightfold.cuda import dense
-from eightfold.cuda.gemm import MOST_WGMMA_ROTATED
+from eightfold.cuda.gemm import MOST_WGMMA
 from eightfold.cuda.weight import Weight
 from eightfold.e8p import codebook
 from eightfold.format import LayerSpec, PackedWeight, StageRecipe
@@ -166,7 +166,7 @@ def module_weight(module: QuantLinear) -> Weight:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_pieces_and_biases_of_dense_products(bias, dtype, monkeypatch):
     """Pieces of rows one after another in the same memory."""
-    module, tokens = layer(1000, 1083, 4, bias=bias), MOST_WGMMA_ROTATED + 1
+    module, tokens = layer(1000, 1083, 4, bias=bias), MOST_WGMMA + 1
     x = torch.randn(tokens, 1083, device="cuda").to(dtype)
     whole = check(module, x)
     monkeypatch.setattr(dense, "even_rows", lambda *sizes: 256)
@@ -256,7 +256,7 @@ def test_shapes_of_x():
 def test_a_token_does_not_depend_on_its_batch():
     module = layer(768, 1152, 3)
     x = torch.randn(16, 1152, device="cuda").half()
-    for group in ((1, 2, 3, 4), (5, 6, 7, 8), (9, 12, 16), (17, 25, 32), (33, 64), (65, 128), (129, 256)):
+    for group in ((2, 3, 4, 8), (9, 12, 16), (17, 25, 32), (33, 64), (65, 128), (129, 256)):
         rows = [module(torch.cat([x[:1], torch.randn(n - 1, 1152, device="cuda").half() * 9]))[0] for n in group]
         assert all(torch.equal(row, rows[0]) for row in rows)
     together = module(torch.cat([x, x]))
@@ -378,6 +378,6 @@ def test_sanitize(bits):
         spec = LayerSpec(sum(out_blocks), sum(in_blocks) - 5, bits, out_blocks, in_blocks)
         blocks_layer(spec)(torch.randn(2048, spec.in_features, device="cuda").half())
     spec = LayerSpec(520, 1080, bits, (512, 8), (1024, 64))
-    for tokens in (1, 8, 640, MOST_WGMMA_ROTATED + 1):
+    for tokens in (1, 8, 640, MOST_WGMMA + 1):
         blocks_layer(spec)(torch.randn(tokens, 1080, device="cuda").half())
     torch.cuda.synchronize()

@@ -23,7 +23,7 @@ from eightfold.cuda import linear as host
 from eightfold.cuda import plan as planning
 from eightfold.cuda import rotate as rotations
 from eightfold.cuda.compiler import KERNELS
-from eightfold.cuda.gemm import LEAST_WGMMA, MOST_GEMM, MOST_OVERLAP, MOST_WGMMA, MOST_WGMMA_ROTATED
+from eightfold.cuda.gemm import LEAST_WGMMA, MOST_GEMM, MOST_OVERLAP, MOST_WGMMA, MOST_WGMMA_FEW
 from eightfold.cuda.gemm_plan import FEW_ROWS, GEMM_TOKENS, WGMMA_TOKENS, gemm_variant, share_steps, wgmma_variant
 from eightfold.cuda.linear import MOST_FINISHED, MOST_MATVEC
 from eightfold.cuda.plan import (
@@ -266,7 +266,8 @@ def test_constants_are_those_of_the_kernels():
     names = matvec_constants(variant(Stages(2, 0), 2, 232448, True, False))
     ours = {"SEGMENT": UNIT, "MAX_RUNS": MAX_RUNS, "MAX_SLICES": MAX_SLICES, "MAX_SLICE": MAX_SLICE}
     assert {name: names[name] for name in ours} == ours
-    assert names["ALONE"] == ALONE_TOKENS
+    assert "constexpr bool ALONE = TILES == 1;" in source("matvec.cu")
+    assert CLASS_OF[1] == ALONE_TOKENS
     assert f"THREADS = {rotations.THREADS};" in source("rotate.cu")
     assert 11 * 32600 * MAX_SLICE < 1 << 31
     enum = re.search(r"enum Dtype {(.*?)}", source("common.cuh"))[1]
@@ -351,20 +352,10 @@ def warp_segments(blocks, plan: Plan) -> int:
     return max(of(low, high) for low, high in pairwise(plan.slices))
 
 
-def warp_room(chosen) -> int:
-    """Segments of a token that the warps of a matvec hold, as its sources say."""
-    names = matvec_constants(chosen)
-    assert names["ALONE"] == (CLASS_OF[chosen.tiles] if chosen.tiles < 4 else 0) <= ALONE_TOKENS
-    group = chosen.warps // max(names["ALONE"], 1)
-    assert names["ALONE_SEGMENTS"] % group == 0  # none of a warp's is for nothing
-    return names["ALONE_SEGMENTS"]
-
-
-def longest_slice(blocks, total: int, chosen) -> int:
-    """Columns: what the warps hold, if as many slices as there can be are no longer; else what sums have room for."""
-    even = planning._even(planning._cuts(blocks), total, MAX_SLICES)
-    held = UNIT * warp_room(chosen)
-    return held if all(b - a <= held for a, b in pairwise(even)) else MAX_SLICE
+def warp_room() -> int:
+    """Segments of a token that the warps of a matvec hold, as its source says."""
+    (segments,) = re.findall(r"Values<WARPS, (\w+ / \w+)>", source("matvec.cu"))
+    return evaluate(segments, {"MAX_SLICE": MAX_SLICE, "SEGMENT": UNIT})
 
 
 def check_plan(plan: Plan, blocks, rows, chosen, shared) -> None:
@@ -374,7 +365,7 @@ def check_plan(plan: Plan, blocks, rows, chosen, shared) -> None:
     assert plan.slices[0] == 0
     assert plan.slices[-1] == total
     assert min(lengths) > 0
-    assert max(lengths) <= longest_slice(blocks, total, chosen) <= MAX_SLICE
+    assert max(lengths) <= MAX_SLICE
     assert plan.count == len(lengths) <= MAX_SLICES
     assert all(start % (64 if total % 64 == 0 else 8) == 0 for start in plan.slices[:-1])
     groups = -(-tiles // chosen.rows)
@@ -392,7 +383,8 @@ def check_plan(plan: Plan, blocks, rows, chosen, shared) -> None:
     if plan.alone:
         assert all(start in ends for start in plan.slices)
         assert max(blocks[::2]) <= UNIT
-        assert tokens > ALONE_TOKENS or warp_segments(blocks, plan) <= warp_room(chosen)
+        assert tokens <= ALONE_TOKENS
+        assert warp_segments(blocks, plan) <= warp_room()
     assert plan.buffer == max(plan.slices[b] - plan.slices[a] for a, b in pairwise(plan.chunks))
     for start, stop, log in runs(blocks):  # hadamard_segment takes whole blocks, or whole 256ths of one
         assert all((border - start) % min(UNIT, 1 << log) == 0 for border in plan.slices if start <= border <= stop)
@@ -441,7 +433,8 @@ def test_every_variant_has_a_plan_for_default_layouts(shared, rows, columns, sha
     for chosen in aligned_variants(shared):
         plan = plan_of(blocks, rows, chosen, shared)
         check_plan(plan, blocks, rows, chosen, shared)
-        assert plan.alone or columns not in (4096, 8192, 28672, 65536)
+        if columns in (4096, 8192, 28672, 65536):
+            assert plan.alone == (CLASS_OF[chosen.tiles] <= ALONE_TOKENS)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -460,26 +453,12 @@ def test_the_longest_slice_of_a_default_layout(seed):
 
 
 @pytest.mark.parametrize("shared", DEVICES)
-def test_slices_that_no_warps_hold_are_quantized_ahead(shared):
-    """Of 64,000 columns in such blocks some of 64 slices are longer than the 1,024 that 8 warps hold of 8 tokens."""
-    blocks = flat(layout_blocks(64000, "pow2-sum-256", IN_FLOOR, 8))
-    few = [chosen for chosen in aligned_variants(shared) if CLASS_OF[chosen.tiles] == ALONE_TOKENS]
-    assert 8 in {chosen.warps for chosen in few}
-    for chosen in few:
-        plan = plan_of(blocks, 4096, chosen, shared)
-        check_plan(plan, blocks, 4096, chosen, shared)
-        assert plan.alone == (chosen.warps == 16)
-
-
-@pytest.mark.parametrize("shared", DEVICES)
 @pytest.mark.parametrize(("columns", "shards"), [(3584, 8), (4032, 1), (2016, 1), (1984, 1)])
 def test_warps_hold_every_segment_of_a_slice(columns, shards, shared):
-    """matvec rotates a token with Values<GROUP>: room for as many segments of 256 as a slice of one run can have."""
+    """matvec rotates a token with Values: room for as many segments of 256 as a slice of one run can have."""
     blocks = flat(layout_blocks(columns, "pow2-sum-256", IN_FLOOR, shards))
-    for tiles in (1, 2):
-        chosen = variant(Stages(1, 1), tiles, shared, True, True)
-        plan = plan_of(blocks, 4096, chosen, shared)
-        assert not plan.alone or warp_segments(blocks, plan) <= warp_room(chosen)
+    plan = plan_of(blocks, 4096, variant(Stages(1, 1), 1, shared, True, True), shared)
+    assert not plan.alone or warp_segments(blocks, plan) <= warp_room()
 
 
 def test_slices_start_at_codes():
@@ -515,8 +494,6 @@ def test_variants(shared):
         assert chosen.e81b_copies == chosen.copies or (chosen.ctas, chosen.e81b_copies) == (2, 16)
         assert 32 * chosen.warps * chosen.ctas <= 1024
         assert min(chosen.rows, chosen.depth) >= 1
-        if chosen.tiles < 4:  # warps share the tokens that they rotate evenly
-            assert chosen.warps % matvec_constants(chosen)["ALONE"] == 0
     assert Stages(2, 1).count == 3
 
 
@@ -757,7 +734,7 @@ def launched_plan(launch, x, weight, bias, shared) -> Plan:
     check_plan(plan, weight.in_blocks, weight.padded_out, chosen, shared)
     assert (launch.defines, launch.shared) == (chosen.defines, chosen.shared_limit(shared))
     assert list(p.codes) == [address(c) for c in weight.codes]
-    assert (p.x, p.x_stride, p.scale_in) == (address(x), x.stride(0), address(weight.scale_in))
+    assert (p.x, p.scale_in) == (address(x), address(weight.scale_in))
     assert p.ratios == address(weight.ratios)
     assert (p.scale_out, p.bias) == (address(weight.scale_out), 0 if bias is None else address(bias))
     assert (p.row_stride, p.column_stride, p.tile_stride) == weight.strides
@@ -832,6 +809,11 @@ def check_decode(gpu, x, weight, bias, y) -> list[str]:
     return gpu.names()
 
 
+def quantizing(tokens: int) -> list[str]:
+    """Names of what goes before matvec, where blocks are short."""
+    return ["quantize_input"] if tokens > ALONE_TOKENS else []
+
+
 def finishing(tokens: int, wide: bool = False) -> list[str]:
     """Names of what follows matvec."""
     return ["rotate_wide_output"] if wide else ["rotate_output"] if tokens > MOST_FINISHED else []
@@ -841,17 +823,17 @@ def finishing(tokens: int, wide: bool = False) -> list[str]:
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("bias", BIASES)
 @pytest.mark.parametrize("tokens", [1, 2, 8])
-def test_matvec_rotates_few_tokens_by_itself(gpu, tokens, tiled, bits, bias):
+def test_matvec_rotates_one_token_by_itself(gpu, tokens, tiled, bits, bias):
     packed = packed_for(bits=bits, bias=bias, scale=torch.float32 if bits % 2 else torch.float16)
     weight, x = weight_of(packed, tiled), activations(tokens, dtype=torch.bfloat16 if bits > 4 else torch.float16)
     y = host.linear(x, weight, packed.bias)
-    assert check_decode(gpu, x, weight, packed.bias, y) == ["matvec", *finishing(tokens)]
-    assert gpu.launches[0].defines["ALIGNED"] == 1
+    assert check_decode(gpu, x, weight, packed.bias, y) == [*quantizing(tokens), "matvec", *finishing(tokens)]
+    assert gpu.launches[-1 - len(finishing(tokens))].defines["ALIGNED"] == 1
 
 
 @pytest.mark.parametrize("shared", DEVICES)
 @pytest.mark.parametrize(("tokens", "in_blocks"), [
-    (1, (8,) * 9), (2, (8,) * 9), (8, (8,) * 9), (4, (256,) * 40), (7, (64,) * 33), (1, (16, 8)),
+    (1, (8,) * 9), (2, (8,) * 9), (1, (256,) * 40), (1, (64,) * 33), (1, (16, 8)),
 ])  # fmt: skip
 def test_matvec_rotates_blocks_up_to_256_by_itself(gpu, tokens, in_blocks, shared):
     gpu.processors, gpu.shared = DEVICES[shared], shared
@@ -859,8 +841,9 @@ def test_matvec_rotates_blocks_up_to_256_by_itself(gpu, tokens, in_blocks, share
     packed = packed_for(k=k, in_blocks=in_blocks)
     weight, x = weight_of(packed), activations(tokens, k)
     y = host.linear(x, weight, None)
-    assert check_decode(gpu, x, weight, None, y) == ["matvec", *finishing(tokens)]
-    assert gpu.launches[0].defines["ALIGNED"] == can_tile(weight.padded_out, weight.in_blocks)
+    assert check_decode(gpu, x, weight, None, y) == [*quantizing(tokens), "matvec", *finishing(tokens)]
+    matvec = gpu.launches[len(quantizing(tokens))]
+    assert matvec.defines["ALIGNED"] == can_tile(weight.padded_out, weight.in_blocks)
 
 
 @pytest.mark.parametrize(("tokens", "in_blocks"), [
@@ -942,7 +925,7 @@ def test_tokens_that_a_tile_holds_decode_once(gpu, tokens, tiled, bias, bits):
     assert (p.partial, gpu.launches[0].p.tile) == (gpu.launches[2].p.x, 0)
 
 
-@pytest.mark.parametrize("tokens", [65, 128, 129, 256, 257, MOST_WGMMA])
+@pytest.mark.parametrize("tokens", [65, 128, 129, 256, 257, MOST_WGMMA_FEW])
 @pytest.mark.parametrize(("tiled", "bias", "bits"), [(False, None, 3), (True, "bfloat16", 4)])
 def test_warpgroups_multiply_any_number_of_tokens(gpu, tokens, tiled, bias, bits):
     packed = packed_for(bits=bits, bias=bias)
@@ -962,9 +945,9 @@ LONG = (512, 256, 128, 64)  # blocks of 960 inputs of which one is too long for 
     ("in_blocks", "tokens", "name"),
     [
         (None, LEAST_WGMMA, "gemm"),
-        (None, MOST_WGMMA + 1, "dense_float16"),
+        (None, MOST_WGMMA_FEW + 1, "dense_float16"),
         (LONG, LEAST_WGMMA, "gemm"),
-        (LONG, MOST_WGMMA_ROTATED + 1, "dequantize"),
+        (LONG, MOST_WGMMA + 1, "dequantize"),
     ],
 )
 def test_other_kernels_have_the_rest(gpu, monkeypatch, in_blocks, tokens, name):
@@ -974,10 +957,16 @@ def test_other_kernels_have_the_rest(gpu, monkeypatch, in_blocks, tokens, name):
     assert "wgmma" not in gpu.names()
 
 
+def test_many_weights_are_multiplied_from_codes_for_longer(gpu, monkeypatch):
+    monkeypatch.setattr(planning, "FEW_WEIGHTS", 0)
+    host.linear(activations(MOST_WGMMA), weight_of(packed_for(), True), None)
+    assert "wgmma" in gpu.names()
+
+
 def test_wide_blocks_are_tiled_for_warpgroups(gpu):
     packed = packed_for(200, 960, in_blocks=LONG)
     weight = weight_of(packed, True)
-    for tokens in (90, MOST_WGMMA_ROTATED):
+    for tokens in (90, MOST_WGMMA):
         gpu.launches.clear()
         host.linear(activations(tokens), weight, None)
         assert gpu.names() == ["rotate_wide_input", "wgmma", "rotate_output"]
@@ -1082,7 +1071,7 @@ def test_many_tokens_are_a_dense_product(gpu, monkeypatch, shared, tiled, dtype,
     gpu.processors, gpu.shared = DEVICES[shared], shared
     monkeypatch.setattr(dense, "even_rows", lambda *sizes: 256)
     packed = packed_for(n, 955, 5, out_blocks=out_blocks, bias=bias, scale=torch.float32)
-    weight, x = weight_of(packed, tiled), activations(MOST_WGMMA + 1, 955, dtype)
+    weight, x = weight_of(packed, tiled), activations(MOST_WGMMA_FEW + 1, 955, dtype)
     products = []
 
     def addmm(start, a, b, out):
@@ -1424,7 +1413,7 @@ def check_prepared(gpu, packed, monkeypatch) -> None:
     assert host._counters_of.cache_info().currsize == 1
     assert gpu.waits
     gpu.capturing = True
-    borders = MOST_MATVEC, MOST_GEMM, MOST_WGMMA, MOST_WGMMA_ROTATED
+    borders = MOST_MATVEC, MOST_GEMM, MOST_WGMMA_FEW, MOST_WGMMA
     for tokens in (1, 2, 5, 9, 16, 17, 37, 100, *borders, *(border + 1 for border in borders)):
         for dtype in (torch.float16, torch.bfloat16):
             host.linear(activations(1, k, dtype).expand(tokens, k), weight, packed.bias)
@@ -1545,6 +1534,7 @@ def test_the_operator_on_a_gpu(on_gpu):
     assert on_gpu.names() == [
         "matvec",
         *finishing(1),
+        "quantize_input",
         "matvec",
         *finishing(3),
         "quantize_input",

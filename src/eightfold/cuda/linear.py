@@ -1,7 +1,7 @@
 """`eightfold::linear` on a GPU: which kernels run for how many tokens, with what workspace.
 
-Up to 16 tokens: matvec, which reads the codes once; quantize_input before it unless matvec can do that itself (up to
-ALONE_TOKENS), rotate_output after it unless it can do that (up to MOST_FINISHED). Then, while gemm.takes it, a product
+Up to 16 tokens: matvec, which reads the codes once; quantize_input before it unless matvec can do that itself (one
+token), rotate_output after it unless it can do that (up to MOST_FINISHED). Then, while gemm.takes it, a product
 from the codes between rotate_input and rotate_output; where codes cannot be tiled, matvec for every 16 up to
 MOST_MATVEC. More: a dense weight is made, piece after piece, and cuBLAS multiplies (dense.py); for stages of E8 shells
 always. Everything is queued on the current stream; memory comes from PyTorch's pool. Within 2-8 and 9-16
@@ -25,7 +25,6 @@ from eightfold.cuda.driver import device_index as _index
 from eightfold.cuda.gemm import prepare_product, product
 from eightfold.cuda.gemm import takes as product_takes
 from eightfold.cuda.plan import (
-    ALONE_TOKENS,
     MATVEC_TOKENS,
     MAX_ROWS,
     MAX_RUNS,
@@ -140,7 +139,7 @@ def _decode(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
     chosen = _variant(weight, tokens, device)
     plan = _plan(weight, chosen, tokens, device)
     stream = torch.cuda.current_stream(device).cuda_stream
-    alone, blocks = tokens <= ALONE_TOKENS and plan.alone, block_count(weight.out_blocks)
+    alone, blocks = plan.alone, block_count(weight.out_blocks)
     finishes = tokens <= MOST_FINISHED and longest(weight.out_blocks) <= UNIT
     counters = _counters_of(device).take(stream, blocks) if finishes else 0
     each = 4 * plan.count * tokens
@@ -154,11 +153,10 @@ def _decode(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
     else:
         _quantize(x, weight, plan, quantized, stream)
     params = struct.pack(
-        f"<{weight.stages.count + 11}Qq3I11i",
+        f"<{weight.stages.count + 11}Q3I11i",
         *(c.data_ptr() for c in weight.codes), x.data_ptr(), weight.scale_in.data_ptr(), *quantized,
         partial, counters, weight.ratios.data_ptr(), weight.scale_out.data_ptr(), address(bias),
         y.data_ptr(),
-        x.stride(0),
         *weight.strides,
         DTYPES[x.dtype], DTYPES[y.dtype], DTYPES[weight.scale_out.dtype], 0 if bias is None else DTYPES[bias.dtype],
         tokens, len(weight.scale_in), len(weight.scale_out), weight.padded_out, pitch, plan.count, plan.ctas,

@@ -18,7 +18,7 @@ MAX_SLICE = 4096  # columns; the sums of that many products, 11 * 32600 at most 
 MAX_FEATURES, MAX_ROWS = 65536, 1 << 19  # of the input; of the output: heads have a row for every word
 MOST_UNITS = 5  # of the longest of MAX_SLICES slices of MAX_FEATURES columns: 4, and cuts are up to a unit apart
 MATVEC_TOKENS = 16  # most tokens of one launch of matvec
-ALONE_TOKENS = 8  # most tokens that matvec rotates by itself; from two on, four UNITs a warp
+ALONE_TOKENS = 1  # most tokens that matvec rotates by itself: every CTA does, which takes longer than a launch for more
 RESERVED = 1024  # bytes of shared memory that CUDA keeps of every CTA
 MANY_COPIES = 160 << 10  # bytes of shared memory from which the decode tables have a copy for every lane
 TWO_CTAS = 224 << 10  # and from which two CTAs with such tables share a multiprocessor
@@ -255,15 +255,12 @@ def make_plan(blocks: tuple[int, ...], rows: int, variant: Variant, tokens: int,
     groups = -(-tiles // variant.rows)
     limit = variant.shared_limit(shared)
     best: tuple[float, Plan] | None = None
-    room = 4 * (variant.warps // 8) if 1 < tokens <= ALONE_TOKENS else MAX_SLICE // UNIT  # units that warps rotate
-    every = pairwise(_even(cuts, total, MAX_SLICES))
-    longest = UNIT * room if all(b - a <= UNIT * room for a, b in every) else MAX_SLICE  # quantize_input rotates then
-    least = -(-total // longest)
+    least = -(-total // MAX_SLICE)
     for wanted, resident in product(range(least, MAX_SLICES + 1), range(1, variant.ctas + 1)):
         if best is not None and wanted > 2 * least + 30:
             break
         slices = _even(cuts, total, wanted)
-        if any(b - a > longest for a, b in pairwise(slices)) or len(slices) > MAX_SLICES + 1:
+        if any(b - a > MAX_SLICE for a, b in pairwise(slices)) or len(slices) > MAX_SLICES + 1:
             continue
         units = max(-(-(b - a) // UNIT) for a, b in pairwise(slices))
         count = len(slices) - 1
@@ -281,8 +278,8 @@ def make_plan(blocks: tuple[int, ...], rows: int, variant: Variant, tokens: int,
         cost = _cost(variant, waves * resident, share, units, count, tokens) + (len(chunks) <= count)
         if resident < variant.ctas:
             cost = 1.2 * cost - 1.0  # fewer warps, but the next launch can start beside this one
-        alone = len(chunks) == len(slices) and max(blocks[::2]) <= UNIT
-        alone = alone and all(segments(blocks, *borders) <= room for borders in pairwise(slices))
+        alone = tokens <= ALONE_TOKENS and len(chunks) == len(slices) and max(blocks[::2]) <= UNIT
+        alone = alone and all(segments(blocks, *borders) <= MAX_SLICE // UNIT for borders in pairwise(slices))
         if best is None or cost < best[0]:
             best = cost, Plan(slices, chunks, ctas, alone)
     if best is None:

@@ -1,6 +1,6 @@
 // The linear for up to 16 tokens: decode, multiply on integer tensor cores, and rotate back if counters are given, else
-// leave that to rotate_output. The activations come from quantize_input, or, of up to ALONE tokens, are rotated and
-// quantized here by every CTA that needs them.
+// leave that to rotate_output. The activations come from quantize_input, or, of one token, are rotated and quantized here
+// by every CTA that needs them.
 //
 // A CTA owns some tiles of 16 rows over one slice of the input; its warps share out the units of those, ROWS tiles by 256
 // columns, and copy the codes into rings of their own in shared memory, DEPTH units ahead. Of a unit lane (g, t) takes 64
@@ -17,12 +17,11 @@
 #include "quantize.cuh"
 
 constexpr int STAGES = E8P_STAGES + E81B_STAGES;
-constexpr int ALONE = TILES == 1 ? 1 : TILES == 2 ? 8 : 0; // most tokens that it can rotate by itself
-constexpr int ALONE_SEGMENTS = ALONE > 1 ? 4 * (WARPS / 8) : MAX_SLICE / SEGMENT; // of a slice, then
+constexpr bool ALONE = TILES == 1; // it can rotate one token by itself
 
 struct Params {
   const void* codes[STAGES]; // in the order that the strides below say
-  const void* x;             // up to ALONE tokens [columns], x_stride apart, to be rotated and quantized here
+  const void* x;             // one token [columns], to be rotated and quantized here
   const void* scale_in;      // [columns]
   const uint4* planes;       // else from quantize_input, with its scales and sums; null
   const float* scales;
@@ -33,7 +32,6 @@ struct Params {
   const void* scale_out;     // [features]
   const void* bias;          // [features] or null
   void* y;                   // [tokens, features]
-  long long x_stride;
   // Codes from row to row of a tile, from 64 columns to the next, from tile to tile: the file's rows of codes, or tiles
   // of 16 rows in which 16 rows by 64 columns lie together.
   u32 row_stride, column_stride, tile_stride;
@@ -230,17 +228,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
   next.at += start / 8 + 32 * unit;
 #endif
 
-  constexpr int GROUP = WARPS / (ALONE > 0 ? ALONE : 1); // warps that share a token which is rotated here
-  using Own = Values<GROUP, ALONE_SEGMENTS>;
-  const int token = warp / GROUP;
+  using Own = Values<WARPS, MAX_SLICE / SEGMENT>;
   Segment segments[Own::COUNT];
   Raw8 scales[Own::COUNT];
   uint4 inputs[Own::COUNT];
-  if (ALONE > 0 && !p.planes)
+  if (ALONE && !p.planes)
 #pragma unroll
     for (int s = 0; s < Own::COUNT; ++s) {
-      segments[s] = find_segment(p.in_runs, start, start + length, warp % GROUP + s * GROUP);
-      if (token >= p.tokens) segments[s].begin = -1;
+      segments[s] = find_segment(p.in_runs, start, start + length, warp + s * WARPS);
       const int k = segments[s].begin + 8 * lane;
       if (segments[s].begin >= 0) scales[s] = load8_raw(p.scale_in, k, min(segments[s].end, p.columns), p.scale_dtype);
     }
@@ -275,16 +270,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
       reduced[2 * threadIdx.x + 1] = p.sums[at];
       factors[threadIdx.x] = p.scales[at];
     }
-  } else if constexpr (ALONE > 0) {
+  } else if constexpr (ALONE) {
     Own values;
     Butterfly b = butterfly(segments[0].log);
     __syncthreads(); // the zeros
     wait_for_previous();
 #pragma unroll
     for (int s = 0; s < Own::COUNT; ++s) {
-      const long long row = token * p.x_stride;
       const int k = segments[s].begin + 8 * lane;
-      if (segments[s].begin >= 0) inputs[s] = load8_packed(p.x, row + k, row + min(segments[s].end, p.columns));
+      if (segments[s].begin >= 0) inputs[s] = load8_packed(p.x, k, min(segments[s].end, p.columns));
     }
     prefetch_units();
 #pragma unroll
@@ -301,8 +295,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
       transform(values.v[s], b);
       if (k < segments[s].end) values.at[s] = k - start;
     }
-    const float scale = quantize(values, length, activations, p.tokens, token, reduced + 2 * token);
-    if (lane == 0 && token < p.tokens) factors[token] = scale;
+    const float scale = quantize(values, length, activations, 1, 0, reduced);
+    if (threadIdx.x == 0) factors[0] = scale;
   }
   __syncthreads();
 
