@@ -34,12 +34,6 @@ struct Params {
 
 using Slot = RingSlot<TABLES_END, SLOT, DEPTH>;
 
-__device__ __forceinline__ void multiply(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 // x: where the lane's eight columns of the first tokens lie.
 __device__ __forceinline__ void multiply_codes(float (&sums)[M_TILES][N_TILES][4], const Words& nibbles,
                                                const u32 (&ratios)[STAGES], u32 x) {
@@ -55,8 +49,8 @@ __device__ __forceinline__ void multiply_codes(float (&sums)[M_TILES][N_TILES][4
                  : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(x + 1024 * n));
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m) {
-      multiply(sums[m][n], a[m][0][0], a[m][1][0], a[m][0][1], a[m][1][1], b[0], b[1]);
-      multiply(sums[m][n], a[m][0][2], a[m][1][2], a[m][0][3], a[m][1][3], b[2], b[3]);
+      multiply_half(sums[m][n], {a[m][0][0], a[m][1][0], a[m][0][1], a[m][1][1]}, b[0], b[1]);
+      multiply_half(sums[m][n], {a[m][0][2], a[m][1][2], a[m][0][3], a[m][1][3]}, b[2], b[3]);
     }
   }
 }

@@ -10,6 +10,7 @@ __device__ __forceinline__ u32 read_word(u32 at) {
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(at) : "memory");
   return word;
 }
+
 // Of a warp's rows, a lane's: words of two codes, or the nibbles of one of these codes.
 using Words = u32[M_TILES][2][STAGES];
 

@@ -11,6 +11,11 @@ __device__ __forceinline__ u32 fma_pair(u32 a, u32 b, u32 c) {
   return d;
 }
 __device__ __forceinline__ u32 pair_of(float f) { return float_to_half(f) * 0x10001u; }
+__device__ __forceinline__ void multiply_half(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
 
 // Eight weights of one code as pairs of float16, (u - OFFSET / 2) / 512, exactly: a nibble in the last bits of a float16,
 // or in the four before, is u / 2^24, or u / 2^20, of subnormal numbers.

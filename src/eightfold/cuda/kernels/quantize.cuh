@@ -18,11 +18,11 @@ constexpr u32 MAGIC_BITS = 0x4b400000u;
 
 __device__ __forceinline__ int swizzle(int lane, int j) { return lane ^ j ^ (j & 1) << 2; }
 
-// What one of the GROUP warps that share a token holds of a slice of up to SEGMENTS segments: eight coordinates a lane and
-// segment, from `at` on; at < 0: none.
-template <int GROUP, int SEGMENTS>
+// What one of the CTA_WARPS warps of a CTA holds of a slice of up to SEGMENTS segments: eight coordinates a lane and segment, from
+// `at` on; at < 0: none.
+template <int CTA_WARPS, int SEGMENTS>
 struct Values {
-  static constexpr int COUNT = (SEGMENTS + GROUP - 1) / GROUP, THREADS_A_TOKEN = 32 * GROUP;
+  static constexpr int COUNT = (SEGMENTS + CTA_WARPS - 1) / CTA_WARPS, THREADS = 32 * CTA_WARPS;
   float v[COUNT][8];
   int at[COUNT];
 };
@@ -56,8 +56,7 @@ __device__ __forceinline__ u32 pick(u32 a, u32 b, u32 c, u32 d) {
   return __byte_perm(__byte_perm(a, b, TWO), __byte_perm(c, d, TWO), 0x5410);
 }
 
-// Quantize one slice of one token, if there is one of that number, into its planes; returns the scale. By all threads of
-// the CTA. reduced[0], the largest magnitude, and reduced[1], the sum of the integers, are zero before; the sum is there
+// Quantize one slice of one token into its planes; returns the scale. By all threads of the CTA. reduced[0], the largest magnitude, and reduced[1], the sum of the integers, are zero before; the sum is there
 // after the caller's next barrier.
 template <class V>
 __device__ __forceinline__ float quantize(const V& values, int length, uint4* planes, int tokens, int token,
@@ -73,7 +72,6 @@ __device__ __forceinline__ float quantize(const V& values, int length, uint4* pl
   u32 largest = __reduce_max_sync(0xffffffffu, __float_as_uint(most));
   if (lane == 0) atomicMax(reduced, largest);
   __syncthreads();
-  if (token >= tokens) return 0;
   largest = reduced[0];
   const float top = __uint_as_float(largest);
   const bool usable = top > 1e-30f && largest < 0x7f800000u;
@@ -105,8 +103,7 @@ __device__ __forceinline__ float quantize(const V& values, int length, uint4* pl
       store(values.at[s], even, odd);
     }
   constexpr u32 NONE[2] = {};
-  for (int k = length + 8 * (threadIdx.x % V::THREADS_A_TOKEN); k < (length + SEGMENT - 1) / SEGMENT * SEGMENT;
-       k += 8 * V::THREADS_A_TOKEN)
+  for (int k = length + 8 * threadIdx.x; k < (length + SEGMENT - 1) / SEGMENT * SEGMENT; k += 8 * V::THREADS)
     store(k, NONE, NONE);
   sum = __reduce_add_sync(0xffffffffu, sum);
   if (lane == 0) atomicAdd(reduced + 1, sum);
