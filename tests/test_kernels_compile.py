@@ -12,7 +12,7 @@ import pytest
 
 from eightfold.cuda import compiler
 from eightfold.cuda.compiler import ARCHITECTURES, KERNELS, KernelError, compile_with_remarks, read_source
-from eightfold.cuda.dense import table_copies
+from eightfold.cuda.dense import dense_defines, table_copies
 from eightfold.cuda.gemm_plan import FEW_ROWS, GEMM_TOKENS, WGMMA_TOKENS, gemm_variant, wgmma_variant
 from eightfold.cuda.plan import Stages, variants
 
@@ -42,7 +42,7 @@ def builds(arch: int) -> Iterator[tuple[str, dict[str, int]]]:
     yield from (("dequantize.cu", stages.defines) for stages in RECIPES)
     for stages in RECIPES:
         if copies := table_copies(stages, SHARED[arch]):
-            yield "dense.cu", {**stages.defines, "COPIES": copies, "E81B_COPIES": min(copies, 16)}
+            yield "dense.cu", dense_defines(stages, copies)
     yield from (("shell.cu", stages.defines) for stages in SHELLS)
     for stages in RECIPES:
         for tokens, rows in product(GEMM_TOKENS, (FEW_ROWS, FEW_ROWS + 1)):

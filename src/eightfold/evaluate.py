@@ -117,10 +117,8 @@ def _pass(
 ) -> Iterator[list[float]]:
     """For each chosen window: mean nll; against another model also its nll, KL, share of equal tokens."""
     part = slice(chosen.start, chosen.stop)
-    walked = decoders[:1] if known else decoders
-    hidden = [_final_hidden(decoder, windows[part], steps) for decoder in walked]
-    if known:
-        hidden.append(list(known[part]))
+    hidden = [_final_hidden(decoders[0], windows[part], steps)]
+    hidden += [list(known[part]) or _final_hidden(other, windows[part], steps) for other in decoders[1:]]
 
     def compare(w: int) -> list[float]:
         row = _compare(decoders, [states[w - chosen.start] for states in hidden], windows[w])

@@ -102,8 +102,8 @@ class Loading:
         """Random codes, weights of a usual size, signs as input scales: for `load_format="dummy"`. Parts have the same
         signs, as quantized ones have, since only then are they one linear."""
         for name, parameter in layer.named_parameters(recurse=False):
-            parts = isinstance(parameter, Pieces) and [parameter.part(n) for n in parameter.regions]
-            tensors = parts or [parameter.data]
+            pieces = isinstance(parameter, Pieces)
+            tensors = [parameter.part(n) for n in parameter.regions] if pieces else [parameter.data]
             if name.startswith("qweight"):
                 parameter.data.view(torch.uint8).random_(0, 256)
             elif name == "scale_in":

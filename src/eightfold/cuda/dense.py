@@ -115,8 +115,12 @@ def _unrotate(weight: Weight, span: tuple[int, int], piece: Tensor, stream: int)
 def _unrotating(stages: Stages, dtype: torch.dtype, device: int) -> Kernel:
     """The kernel of dense.cu that makes weights of a dtype."""
     copies = table_copies(stages, max_shared(device))
-    defines = {**stages.defines, "COPIES": copies, "E81B_COPIES": min(copies, _E81B_COPIES)}
-    return load("dense.cu", _KERNELS[dtype], device, shared_bytes(stages, copies), **defines)
+    return load("dense.cu", _KERNELS[dtype], device, shared_bytes(stages, copies), **dense_defines(stages, copies))
+
+
+def dense_defines(stages: Stages, copies: int) -> dict[str, int]:
+    """Macros of dense.cu with so many copies of the decode tables."""
+    return {**stages.defines, "COPIES": copies, "E81B_COPIES": min(copies, _E81B_COPIES)}
 
 
 @cache

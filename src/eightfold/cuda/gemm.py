@@ -35,10 +35,12 @@ _CHUNK_BYTES = 512 << 20  # of float16 activations on both sides of a product
 
 def takes(weight: Weight, tokens: int, device: int) -> bool:
     """Whether `product` is the fastest way for more tokens than matvec takes."""
-    few = is_few(weight.padded_out, weight.padded_in) and unrotates(weight, device)
-    most = MOST_WGMMA_FEW if few else MOST_WGMMA
     if arch(device) != 90:
         most = MOST_GEMM
+    elif is_few(weight.padded_out, weight.padded_in) and unrotates(weight, device):
+        most = MOST_WGMMA_FEW
+    else:
+        most = MOST_WGMMA
     return weight.aligned and not weight.stages.shells and tokens <= most
 
 

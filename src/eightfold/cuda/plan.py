@@ -150,9 +150,9 @@ def variant(stages: Stages, tiles: int, shared: int, aligned: bool, few: bool) -
         warps, ctas = 8, 1
     ring = 4096 if many and stages.count * tiles <= 2 else 2048  # bytes, of a warp
     depth = max(1, ring // (rows * stages.tile_bytes))
+    ahead = AHEAD if tiles == 1 and aligned else 0
     for size in ((warps, depth), (warps, 1), (8, 1), (4, 1)):  # until layers of every size have room
-        later = AHEAD if tiles == 1 and aligned else 0
-        chosen = Variant(stages, tiles, rows, size[0], ctas, size[1], later, copies, e81b_copies, aligned)
+        chosen = Variant(stages, tiles, rows, size[0], ctas, size[1], ahead, copies, e81b_copies, aligned)
         if chosen.shared_bytes(MOST_UNITS, rows, 1 if tiles == 1 else chosen.tokens) <= chosen.shared_limit(shared):
             break
     return chosen
