@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from eightfold.checkpoint import SHARD_BYTES, Workspace, assemble, publish
+from eightfold.checkpoint import SHARD_BYTES, assemble
 from eightfold.folder import ModelFolder
 from eightfold.format import LayerSpec, PackedWeight, QuantConfig
 from eightfold.quantize import recipe
 from eightfold.rotation import layout_blocks
+from eightfold.workspace import Workspace, publish
 
 DTYPE_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 LINEARS = (

@@ -22,9 +22,9 @@ from small import files_of, small_text
 
 from eightfold import batch, cli
 from eightfold.batch import choose, read_jobs
-from eightfold.checkpoint import partial_path
 from eightfold.files import lock
 from eightfold.options import make_parser
+from eightfold.workspace import partial_path
 
 Job = dict[str, Any]
 

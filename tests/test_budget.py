@@ -25,7 +25,7 @@ LAYERS = (
     ("ldlq", "format"),
     ("folder",),
     ("prepare", "files", "fused"),
-    ("quantize",),
+    ("quantize", "workspace"),
     ("linear", "skeleton", "calibration", "checkpoint", "glq_tensors", "rates"),
     ("model", "hf", "glq"),
     ("loading", "cost"),

@@ -16,23 +16,11 @@ from packing import config_for, fill, random_packed, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 from eightfold import checkpoint
-from eightfold.checkpoint import (
-    MANIFEST,
-    Workspace,
-    assemble,
-    check_target,
-    config_json,
-    discard,
-    output_tensors,
-    partial_path,
-    plan_shards,
-    publish,
-    read_packed,
-    verify_files,
-)
+from eightfold.checkpoint import assemble, config_json, output_tensors, plan_shards, read_packed, verify_files
 from eightfold.files import file_bytes, header, measure, write_tensors
 from eightfold.folder import ModelFolder
 from eightfold.format import CheckpointError, QuantConfig
+from eightfold.workspace import MANIFEST, Workspace, check_target, discard, partial_path, publish
 
 
 def write_source(folder: Path, seed: int = 0) -> Path:
@@ -315,6 +303,20 @@ def test_other_settings_are_refused_and_named(tmp_path):
     discard(tmp_path / "out")
 
 
+def test_what_takes_time_to_find_is_confirmed_later(tmp_path):
+    with Workspace(tmp_path / "out", {"seed": 1}) as workspace:
+        assert not workspace.knows("base")
+        workspace.confirm("base", "abc")
+        assert workspace.knows("base")
+        workspace.confirm("base", "abc")
+    before = digest(partial_path(tmp_path / "out"))
+    with Workspace(tmp_path / "out", {"seed": 1}) as workspace:
+        assert workspace.knows("base")
+        with pytest.raises(CheckpointError, match="begun with other inputs or settings \\(base was 'abc', is 'def'\\)"):
+            workspace.confirm("base", "def")
+    assert digest(partial_path(tmp_path / "out")) == before
+
+
 def test_one_process_at_a_time(tmp_path):
     with Workspace(tmp_path / "out", {}):
         with pytest.raises(CheckpointError, match="in use by another process"):
@@ -389,8 +391,9 @@ import os, shutil, signal, sys
 from pathlib import Path
 from packing import write_checkpoint
 from test_checkpoint import digest, write_source
-from eightfold import checkpoint
-from eightfold.checkpoint import partial_path, verify_files
+from eightfold import checkpoint, workspace
+from eightfold.checkpoint import verify_files
+from eightfold.workspace import partial_path
 
 os.fsync = lambda descriptor: None  # slow, and for the loss of power, not of a process
 root, old_there = Path(sys.argv[1]), sys.argv[2] == "old"
@@ -423,7 +426,7 @@ def die_at(moment):
 
         return write(file, codes, read_and_die)
 
-    checkpoint.write_tensors = write_and_die
+    checkpoint.write_tensors = workspace.write_tensors = write_and_die
     sys.addaudithook(watch)
 
 
@@ -444,7 +447,7 @@ while killed:
     if killed and moment % 2:
         assert digest(write_checkpoint(source, out, shard_bytes=9000)) == expected, moment
     elif killed and partial_path(out).exists():
-        checkpoint.discard(out)
+        workspace.discard(out)
         assert not out.exists() or verify_files(out) == []
         assert out.exists() or not old_there, moment
     assert not partial_path(out).exists(), moment

@@ -14,8 +14,8 @@ from transformers.utils import logging
 
 import eightfold
 from eightfold import bundled, cli, console, gate, options
-from eightfold.checkpoint import MANIFEST, partial_path
 from eightfold.evaluate import NotFiniteError
+from eightfold.workspace import MANIFEST, partial_path
 
 
 @pytest.fixture

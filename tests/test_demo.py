@@ -6,10 +6,11 @@ import pytest
 from packing import write_checkpoint
 
 from eightfold import bundled, cli, commands
-from eightfold.checkpoint import partial_path, verify_files
+from eightfold.checkpoint import verify_files
 from eightfold.demo import DemoSettings, run_demo
 from eightfold.evaluate import EvalResult
 from eightfold.report import Original, Report, Row
+from eightfold.workspace import partial_path
 
 TINY = DemoSettings(bits=(2, 3), samples=4, seqlen=32, sensitivity_samples=1, eval_windows=3)
 

@@ -15,7 +15,7 @@ from glq_writer import Recipe, write_glq
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from eightfold.checkpoint import Workspace, read_packed
+from eightfold.checkpoint import read_packed
 from eightfold.convert import to_eightfold, to_glq
 from eightfold.e8p import codebook
 from eightfold.folder import ModelFolder
@@ -25,6 +25,7 @@ from eightfold.hf_glq import GlqQuantizer
 from eightfold.linear import QuantLinear
 from eightfold.quantize import dequantize
 from eightfold.verify import verify
+from eightfold.workspace import Workspace
 
 TAGS = [f"{tag}_{bits}" for tag in ("a065", "a066") for bits in (2, 3, 4)]
 TAGS += ["a0816_5", "a0816_8", *(f"a066shell_{bits}" for bits in (2, 3, 4, 5))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import threading
 import weakref
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from eightfold import pipeline, walk
-from eightfold.checkpoint import partial_path, read_packed, verify_files
+from eightfold.checkpoint import read_packed, verify_files
 from eightfold.folder import ModelFolder
 from eightfold.model import Decoder
 from eightfold.moments import GroupStatistics
 from eightfold.pipeline import Outcome, quantize_model
 from eightfold.preflight import make_plan
+from eightfold.workspace import partial_path
 
 TOKENS = torch.randint(0, 4096, (2, 20), generator=torch.Generator().manual_seed(3))
 
@@ -304,7 +306,30 @@ def test_another_torch_or_device_is_another_result(
     model_folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = make_plan(small_request(model_folder("llama-tied"), tmp_path / "out"))
-    fingerprint = pipeline._fingerprint(plan, plan.config)
+    fingerprint = pipeline._fingerprint(plan)
     assert fingerprint["device"] == "cpu"
     monkeypatch.setattr(torch, "__version__", "0.0.1")
-    assert pipeline._fingerprint(plan, plan.config) != fingerprint
+    assert pipeline._fingerprint(plan) != fingerprint
+
+
+def test_the_original_is_hashed_while_the_sensitivity_is_found(
+    model_folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, digest = threading.Event(), ModelFolder.sha256
+
+    def hash_after_it_began(folder: ModelFolder) -> str:
+        assert began.wait(60)
+        return digest(folder)
+
+    class Watching(Silent):
+        def phase(self, name: str, steps: int) -> None:
+            super().phase(name, steps)
+            if name == "sensitivity":
+                began.set()
+
+    monkeypatch.setattr(ModelFolder, "sha256", hash_after_it_began)
+    plan = make_plan(small_request(model_folder("llama-tied"), tmp_path / "out"))
+    quantize_model(plan, Watching())
+    made = ModelFolder(tmp_path / "out").quantization
+    assert made is not None
+    assert made.provenance["base_sha256"] == digest(plan.folder)

@@ -14,9 +14,10 @@ from packing import fill, write_checkpoint
 from safetensors import safe_open
 from small import files_of, small_request
 
-from eightfold.checkpoint import Workspace, assemble
+from eightfold.checkpoint import assemble
 from eightfold.model import LinearInfo
 from eightfold.preflight import Plan, _choose, check_room, choose_dtype, make_plan
+from eightfold.workspace import Workspace
 
 
 @pytest.fixture(autouse=True)

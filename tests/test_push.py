@@ -17,10 +17,10 @@ from small import Silent, files_of, small_request
 
 from eightfold import cli
 from eightfold.card import CARD, model_card
-from eightfold.checkpoint import MANIFEST, partial_path
 from eightfold.gate import EVALUATION
 from eightfold.pipeline import quantize_model
 from eightfold.preflight import make_plan
+from eightfold.workspace import MANIFEST, partial_path
 
 # The client of huggingface_hub 2.4 calls its own HTTP library in an old way.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

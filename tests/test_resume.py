@@ -19,8 +19,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from small import files_of
 
-from eightfold.checkpoint import partial_path
 from eightfold.files import lock
+from eightfold.workspace import partial_path
 
 TESTS = Path(__file__).parent
 ATTENTION = ("*.mlp.*",)  # half of the work, every kind of step
@@ -168,7 +168,7 @@ def interrupted(worker: Worker, model: Path, tmp_path_factory: pytest.TempPathFa
 
 def _other_model(model: Path, folder: Path) -> Path:
     """The same model with another weight, which no layer's shape shows."""
-    other = shutil.copytree(model, folder / "other", dirs_exist_ok=True)
+    other = shutil.copytree(model, folder / "other" / model.name, dirs_exist_ok=True)
     tensors = load_file(other / "model.safetensors")
     tensors["model.norm.weight"][0] += 1
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})

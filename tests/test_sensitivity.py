@@ -93,3 +93,20 @@ def test_the_seed_draws_the_labels(model_folder) -> None:
     one, other = run(folder, WINDOWS[:1], 7), run(folder, WINDOWS[:1], 8)
     assert all(not torch.equal(one[name], other[name]) for name in one)
     assert all(bool((squares > 0).all()) for squares in one.values())
+
+
+def test_what_lies_around_the_layers_is_not_kept(model_folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Decoder(ModelFolder(model_folder("llama-tied")), torch.device("cpu"), torch.float32)
+    kept: list[bool] = []
+
+    def watch(step: str, real: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: object) -> Tensor:
+            kept.append(any(parameter.device.type != "meta" for parameter in decoder._model.parameters()))
+            return real(*args)
+
+        return call
+
+    monkeypatch.setattr(decoder, "call", watch("call", decoder.call))
+    output_sensitivity(decoder, WINDOWS, 7, lambda _: None, Team())
+    assert kept
+    assert not any(kept)

@@ -16,7 +16,7 @@ from small import Silent, files_of, small_request
 from test_resume import Worker
 from transformers import AutoModelForCausalLM
 
-from eightfold.checkpoint import partial_path, read_packed, verify_files
+from eightfold.checkpoint import read_packed, verify_files
 from eightfold.folder import ModelFolder
 from eightfold.format import BITS
 from eightfold.pipeline import Outcome, quantize_model
@@ -24,6 +24,7 @@ from eightfold.preflight import Plan, make_plan
 from eightfold.quantize import GroupStatistics, Settings, quantize_group
 from eightfold.rate_losses import group_losses, measure_losses
 from eightfold.rates import RECIPE, nominal_bits, read_recipe
+from eightfold.workspace import partial_path
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ import pytest
 from models import write_model
 from small import files_of, small_text
 
-from eightfold.checkpoint import partial_path
+from eightfold.workspace import partial_path
 
 
 def command(model: Path, out: Path, processes: int, **more: Any) -> list[str]:

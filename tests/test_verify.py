@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from eightfold import bundled
 from eightfold import verify as module
-from eightfold.checkpoint import MANIFEST
 from eightfold.files import measure
 from eightfold.format import CheckpointError
 from eightfold.pipeline import quantize_model
 from eightfold.preflight import Request, make_plan
+from eightfold.workspace import MANIFEST
 
 UP = "model.layers.1.mlp.up_proj"
 

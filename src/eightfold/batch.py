@@ -25,9 +25,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NoReturn
 
-from eightfold.checkpoint import MANIFEST, verify_files
+from eightfold.checkpoint import verify_files
 from eightfold.files import lock, measure, read_json, to_json, write_text
 from eightfold.options import make_parser
+from eightfold.workspace import MANIFEST
 
 DONE, GATE_FAILED = 0, 3
 OWN_KEYS = {"name", "model", "out", "push", "public", "license", "base"}  # of a job; all others are options of quantize

@@ -103,7 +103,7 @@ def _interrupted(options: Namespace) -> str:
         return "Stopped: the ledger says what is done; run the same command to go on."
     if options.command != "quantize":
         return "Stopped."
-    from eightfold.checkpoint import partial_path
+    from eightfold.workspace import partial_path
 
     partial = partial_path(options.out)
     if not partial.exists():

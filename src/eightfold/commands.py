@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eightfold import checkpoint
+from eightfold import workspace
 from eightfold.calibration import windows as cut_windows
+from eightfold.checkpoint import SHARD_BYTES
 from eightfold.console import Terminal, duration, pairs, plus_minus, size, table
 from eightfold.convert import to_eightfold, to_glq
 from eightfold.demo import run_demo
@@ -53,9 +54,9 @@ def _quantize(options: Namespace, device: str, terminal: Terminal) -> Result:
         return DONE, {"status": "dry run", "plan": plan.to_dict()}
     if not options.resume:
         if not Team().rank:
-            checkpoint.discard(options.out)
-    elif done := len(list((checkpoint.partial_path(options.out) / "layers").glob("[0-9]*.json"))):
-        terminal.note(f"Going on after {done} finished layers in {checkpoint.partial_path(options.out)}.")
+            workspace.discard(options.out)
+    elif done := len(list((workspace.partial_path(options.out) / "layers").glob("[0-9]*.json"))):
+        terminal.note(f"Going on after {done} finished layers in {workspace.partial_path(options.out)}.")
     with terminal.progress() as steps:
         outcome = quantize_model(plan, steps)
     _say_verdict(outcome, terminal)
@@ -157,12 +158,12 @@ def run_convert(options: Namespace, terminal: Terminal) -> Result:
     if back and is_glq(local_folder(options.source)):
         raise ValueError(f"{options.source}: expected an eightfold checkpoint to convert, it is a GLQ one already")
     if not options.resume:
-        checkpoint.discard(options.out)
+        workspace.discard(options.out)
     with terminal.progress() as steps:
         if back:
             made = to_glq(options.source, options.out, steps.phase, steps.advance)
         else:
-            most = options.shard_bytes or checkpoint.SHARD_BYTES
+            most = options.shard_bytes or SHARD_BYTES
             made = to_eightfold(
                 options.source, options.out, options.base, options.zero_biases, most, steps.phase, steps.advance
             )

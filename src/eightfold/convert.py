@@ -12,13 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
-from eightfold.checkpoint import AUTO_MAP, CONFIG_CODE, CONFIG_CODE_NAME, SHARD_BYTES, Workspace, publish, write_folder
+from eightfold.checkpoint import AUTO_MAP, CONFIG_CODE, CONFIG_CODE_NAME, SHARD_BYTES, write_folder
 from eightfold.files import TensorCode, natural, nbytes, to_json
 from eightfold.folder import ModelFolder
 from eightfold.format import CheckpointError
 from eightfold.glq import section_for
 from eightfold.glq_folder import GlqFolder
 from eightfold.glq_tensors import expected, pack, targets
+from eightfold.workspace import Workspace, publish
 
 Phase = Callable[[str, int], None]
 Advance = Callable[[int], None]

@@ -11,7 +11,6 @@ import torch
 
 from eightfold import bundled
 from eightfold.calibration import windows as cut_windows
-from eightfold.checkpoint import discard
 from eightfold.evaluate import evaluate
 from eightfold.folder import ModelFolder
 from eightfold.gate import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, generate
@@ -19,6 +18,7 @@ from eightfold.inspect import inspect
 from eightfold.pipeline import Listener, Outcome, quantize_model
 from eightfold.preflight import Request, make_plan
 from eightfold.report import Original, Report, Row, write_report
+from eightfold.workspace import discard
 
 
 class DemoListener(Listener, Protocol):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from eightfold.format import CheckpointError, QuantConfig, bias_bytes, code_bytes, vector_bytes
-from eightfold.parallel import ordered_map, readers
+from eightfold.parallel import readers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -114,8 +115,9 @@ class ModelFolder:
         if self._digest is None:
             files = [self.path / "config.json", *sorted({info.file for info in self.tensors.values()})]
             whole = hashlib.sha256()
-            for digest in ordered_map(_file_digest, files, readers()):
-                whole.update(digest)
+            with ThreadPoolExecutor(readers()) as pool:  # not ordered_map: PyTorch has no part in it
+                for digest in pool.map(_file_digest, files):
+                    whole.update(digest)
             self._digest = whole.hexdigest()
         return self._digest
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +10,11 @@ import torch
 from torch import Tensor
 
 from eightfold.calibration import tokens_sha256
-from eightfold.checkpoint import MANIFEST
 from eightfold.evaluate import EvalResult, NotFiniteError, evaluate, final_hidden
-from eightfold.files import measure, read_json, sync, to_json
+from eightfold.files import measure, read_json, sync, to_json, without_infinity
 from eightfold.folder import ModelFolder
 from eightfold.team import Team
+from eightfold.workspace import MANIFEST
 
 if TYPE_CHECKING:
     from eightfold.preflight import Plan
@@ -71,7 +70,7 @@ def judge(plan: Plan, made: Path, phase: Any, advance: Any, team: Team) -> Verdi
         "device": plan.decoder.device.type,
         "dtype": str(plan.decoder.dtype).removeprefix("torch."),
     }
-    (made / EVALUATION).write_text(to_json(_without_infinity(content | verdict.to_dict())), encoding="utf-8")
+    (made / EVALUATION).write_text(to_json(without_infinity(content | verdict.to_dict())), encoding="utf-8")
     manifest = read_json(made / MANIFEST)
     files = manifest["files"] | {EVALUATION: measure(made / EVALUATION)}
     manifest["files"] = dict(sorted(files.items()))
@@ -79,13 +78,6 @@ def judge(plan: Plan, made: Path, phase: Any, advance: Any, team: Team) -> Verdi
     for path in (made / EVALUATION, made / MANIFEST, made):
         sync(path)
     return verdict
-
-
-def _without_infinity(value: Any) -> Any:
-    """`value` with null for numbers that JSON has not."""
-    if isinstance(value, dict):
-        return {key: _without_infinity(each) for key, each in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def help_to_judge(plan: Plan, team: Team) -> None:

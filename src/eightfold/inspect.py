@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from eightfold.checkpoint import MANIFEST
 from eightfold.files import read_json
 from eightfold.folder import ModelFolder
 from eightfold.format import CheckpointError, LayerSpec, QuantConfig
 from eightfold.glq_folder import open_folder
 from eightfold.rotation import run_lengths
+from eightfold.workspace import MANIFEST
 
 
 @dataclass(frozen=True, slots=True)

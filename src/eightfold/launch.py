@@ -34,7 +34,9 @@ def joined(device: str) -> Iterator[str]:
             raise ValueError(f"expected a GPU for each process of this machine, it has {count}: start fewer")
         device, backend = f"cuda:{local}", "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(local)
-    distributed.init_process_group(backend, timeout=PATIENCE)
+    # Knowing its GPU a process connects to the others now and once; else each way to talk would, at its first use.
+    place = None if device == "cpu" else torch.device(device)
+    distributed.init_process_group(backend, timeout=PATIENCE, device_id=place)
     yield device  # where this raises, the process ends, and so do the others: no tidying up that waits for them
     distributed.destroy_process_group()
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import eightfold
 from eightfold import calibration
-from eightfold.checkpoint import check_target, output_tensors, plan_shards
+from eightfold.checkpoint import output_tensors, plan_shards
 from eightfold.cost import Cost, Machine, estimate, fast_rate
 from eightfold.cost import rates as _rates
 from eightfold.files import file_bytes
@@ -28,6 +28,7 @@ from eightfold.rotation import IN_FLOOR, layout_blocks
 from eightfold.sizes import Tokens, likely_groups, work_of
 from eightfold.team import Team
 from eightfold.tensor_parallel import check_heads, largest_tp, linear_blocks
+from eightfold.workspace import check_target
 
 EVAL_SEQLEN = 1024
 DEFAULT_LAYOUT = "pow2-sum-256"

@@ -16,13 +16,14 @@ from huggingface_hub.errors import (
 
 from eightfold.calibration import windows as cut_windows
 from eightfold.card import CARD
-from eightfold.checkpoint import MANIFEST, verify_files
+from eightfold.checkpoint import verify_files
 from eightfold.files import read_json
 from eightfold.folder import SINGLE
 from eightfold.format import CheckpointError
 from eightfold.gate import EVALUATION, LEAST_DISTINCT, NEW_TOKENS, PROMPT_TOKENS, PROMPTS, generate
 from eightfold.inspect import quantized_folder
 from eightfold.verify import Advance, Phase, verify
+from eightfold.workspace import MANIFEST
 
 KEPT = ".gitattributes"  # the hub's own file
 

@@ -114,14 +114,14 @@ def begin_group(
     begun = Begun({}, {}, {})
     for name, C, *own in zip(names, W_hat.split(sizes), *(c.split(sizes) for c in codes), strict=True):
         target = ready.targets[name]
-        packed, dense = _fit_output(target, H, specs[name], tuple(own), C, ready.s_in, settings, team)
+        packed, dense, met = _fit_output(target, H, specs[name], tuple(own), C, ready.s_in, settings, team)
         packed.bias = biases.get(name)
         begun.packed[name], begun.dense[name] = packed, dense
 
         def settle(numbers: list[float], name: str = name, packed: PackedWeight = packed) -> None:
             begun.quantized[name] = _measured(name, packed, numbers)
 
-        later.add(_numbers(weights[name], target, H, packed, dense, chosen[name], team), settle)
+        later.add(_numbers(weights[name], target, H, packed, dense, met, chosen[name], team), settle)
     return begun
 
 
@@ -176,31 +176,33 @@ def _fit_output(
     s_in: Tensor,
     settings: Settings,
     team: Team,
-) -> tuple[PackedWeight, Tensor]:
+) -> tuple[PackedWeight, Tensor, Tensor]:
     """Pack with s_out[n] = <W_n, V_n>_H / <V_n, V_n>_H, V the dense weights without s_out: least squares a row. C: what
-    the codes say. Also returns the dense weights, float32 [N, K].
+    the codes say. Also returns the dense weights W_hat, float32 [N, K], and of this process's rows the loss that they
+    save, <W_n, W_n>_H - <E_n, E_n>_H for E = W - W_hat, float64 [rows].
 
     The layer's scale, the signs and the shrinkage that quantization calls for all come out of this.
     """
     V = _unrotated(spec, C.split(DECODE_ROWS)) * s_in
     rows = team.rows(len(V))
     VH = times(V[rows], H)
-    s_out = (W[rows] * VH).sum(1) / (V[rows] * VH).sum(1).clamp_min(torch.finfo(torch.float32).tiny)
-    s_out = stored(team.whole(s_out, len(V)), settings)
+    WV, VV = (W[rows] * VH).sum(1), (V[rows] * VH).sum(1)
+    s_out = stored(team.whole(WV / VV.clamp_min(torch.finfo(torch.float32).tiny), len(V)), settings)
+    s = s_out[rows].double()
     dtype = getattr(torch, settings.scale_dtype)
     packed = PackedWeight(spec, recipe(spec.bits, settings.codebook), codes, s_in.to(dtype), s_out.to(dtype))
-    return packed, V * s_out[:, None]
+    return packed, V * s_out[:, None], s * (2 * WV - s * VV)
 
 
 def _numbers(
-    W: Tensor, target: Tensor, H: Tensor, packed: PackedWeight, W_hat: Tensor, multiplier: Tensor, team: Team
+    W: Tensor, target: Tensor, H: Tensor, packed: PackedWeight, W_hat: Tensor, met: Tensor, chosen: Tensor, team: Team
 ) -> Tensor:
-    """What `_measured` takes, float64 [7]."""
+    """What `_measured` takes, float64 [7]. `met`: the loss that W_hat saves, of this process's rows."""
     noise, signal = (X.square().sum(dtype=torch.float64) for X in (W - W_hat, W))
     rows = team.rows(len(W))
-    losses = (proxy_losses(E, H) for E in (target[rows] - W_hat[rows], target[rows]))
-    sums = (team.whole(own, len(W)).sum() for own in losses)
-    every = (*sums, noise, signal, multiplier, packed.scale_out.abs().max(), target.any())
+    left = proxy_losses(target[rows] - W_hat[rows], H)
+    sums = (team.whole(own, len(W)).sum() for own in (left, left + met))
+    every = (*sums, noise, signal, chosen, packed.scale_out.abs().max(), target.any())
     return torch.stack([number.double() for number in every])
 
 

@@ -47,6 +47,7 @@ def output_sensitivity(
         return Activations(batches, device, on_host)
 
     hidden = [kept(decoder.prologue(windows[w]) for w in own)]
+    decoder.release()  # the embedding is not needed in memory while the layers are, nor is the head after it
     for i, layer in zip(layers, loaded_layers(decoder, layers), strict=True):
         before = hidden[-1]
 
@@ -61,6 +62,7 @@ def output_sensitivity(
     last = hidden[-1]
     top = lambda n: _loss_gradient(decoder, last[n], seed + own[n])  # noqa: E731
     gradients = kept(ordered_map(top, range(len(own)), workers))
+    decoder.release()
     advance(1)
     squares: dict[str, list[Tensor]] = {}  # of this process's windows
     for i, layer in zip(reversed(layers), loaded_layers(decoder, reversed(layers)), strict=True):

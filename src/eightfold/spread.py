@@ -8,13 +8,13 @@ from typing import Protocol
 
 from torch import Tensor
 
-from eightfold.checkpoint import Workspace
 from eightfold.files import measure, read_json, to_json, write_text
 from eightfold.format import CheckpointError, QuantConfig, stored_bits
 from eightfold.parallel import single_threaded
 from eightfold.preflight import Plan, output_bytes
 from eightfold.rate_losses import measure_losses
 from eightfold.rates import RECIPE, nominal_bits, read_recipe, recipe_text, with_rates
+from eightfold.workspace import Workspace
 
 
 class Listener(Protocol):

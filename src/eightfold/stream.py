@@ -78,10 +78,9 @@ def find_receiver(decoder: Decoder, i: int, layer: nn.Module, hidden: Tensor, na
     output = before[linear]
     if output is None or output.shape != hidden.shape:
         return None
-    random = torch.Generator().manual_seed(0)
-    shift = torch.randn(hidden.shape, generator=random).to(hidden) * hidden.float().square().mean().sqrt().to(
-        hidden.dtype
-    )
+    random = torch.Generator(hidden.device).manual_seed(0)  # millions of numbers: long on a CPU while a GPU waits
+    shift = torch.randn(hidden.shape, generator=random, device=hidden.device).to(hidden.dtype)
+    shift *= hidden.float().square().mean().sqrt().to(hidden.dtype)
     after = _inputs(decoder, i, layer, hidden, linear, shift)
     names = {module: n for n, module in layer.named_modules()}
     for module, x in before.items():

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from eightfold.checkpoint import MANIFEST, read_packed, verify_files
+from eightfold.checkpoint import read_packed, verify_files
 from eightfold.files import read_json
 from eightfold.folder import ModelFolder
 from eightfold.format import CheckpointError, PackedWeight
@@ -21,6 +21,7 @@ from eightfold.inspect import quantized_folder
 from eightfold.model import Decoder
 from eightfold.parallel import ordered_map
 from eightfold.quantize import dequantize
+from eightfold.workspace import MANIFEST
 
 # A linear may not be less like the original than this times its nominal bits: half of what a Gaussian source comes to
 # (10.4 dB at 2 bits, 41 dB at 8). A layer of another model, or with rows in another order, comes to about -3 dB.

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from eightfold import spread
 from eightfold.activations import Activations
-from eightfold.checkpoint import Workspace
 from eightfold.cost import batch_size
 from eightfold.format import PackedWeight
 from eightfold.loading import loaded_layers
@@ -28,6 +27,7 @@ from eightfold.quantize import Begun, Quantized, begin_group, dequantize
 from eightfold.queued import Later
 from eightfold.stream import Tap, find_receiver
 from eightfold.team import PARTS, Team
+from eightfold.workspace import Workspace
 
 
 class Listener(spread.Listener, Protocol):
@@ -56,7 +56,8 @@ class Walk:
         self.sizes = [bounds[part + 1] - bounds[part] for part in own]
         self.batches = range(bounds[own.start], bounds[own.stop])
         self.later = Later(self.decoder.device)
-        self.beside = ThreadPoolExecutor(1)  # writes the last layer
+        self.beside = ThreadPoolExecutor(1)  # writes the last layer, fetched on a stream of its own
+        self.fetching = torch.cuda.Stream(self.decoder.device) if self.decoder.device.type == "cuda" else None
         self.writing: tuple[Future[None], dict[str, Any]] | None = None
 
     @torch.no_grad()
@@ -192,8 +193,9 @@ class Walk:
 
         def write() -> None:
             tensors: dict[str, Tensor] = {}
-            for linear, quantized in found.items():
-                tensors |= quantized.packed.to("cpu").tensors(linear)
+            with torch.cuda.stream(self.fetching):  # all of it is there: its losses have been looked at
+                for linear, quantized in found.items():
+                    tensors |= quantized.packed.to("cpu").tensors(linear)
             workspace.save_layer(i, tensors, record)
 
         self.writing = self.beside.submit(write), record
