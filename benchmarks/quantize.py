@@ -153,7 +153,7 @@ def measure(request: Request, about: dict[str, Any]) -> dict[str, Any]:
     start, clock, resident = time.perf_counter(), Clock(), Resident()
     with tempfile.TemporaryDirectory(dir=Path(request.model).parent) as folder:
         plan = make_plan(Request(**{**vars_of(request), "out": str(Path(folder) / "out")}))
-        clock.phase("hashes", 0)
+        clock.phase("opening", 0)
         planning = clock.phases.pop("reading")
         quantize_model(plan, clock)
         clock.phase("end", 0)
@@ -225,7 +225,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(9, 1.6 + 0.4 * len(rows)), layout="constrained")
     axes = figure.subplots()
     phases = list(dict.fromkeys(name for row in rows for name in row["phases"]))
-    labels = [f"{row['model']}, {row['bits']} bits, {row['layers']} of {row['of_layers']} layers" for row in rows]
+    labels = [
+        f"{row['model']}, {row['bits']} bits, {row['layers']} of {row['of_layers']} layers, {row['gpus']} × GPU"
+        for row in rows
+    ]
     left = [0.0] * len(rows)
     for name in phases:
         widths = [row["phases"].get(name, 0.0) for row in rows]
