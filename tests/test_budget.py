@@ -18,7 +18,7 @@ MAX_PARAMETERS = 8
 # A module may import modules of the rows above its own, no others. Every module stands here once.
 LAYERS = (
     ("cuda",),
-    ("codebook", "rotation", "parallel", "bundled", "queued", "activations", "team", "allocation", "options"),
+    ("codebook", "rotation", "parallel", "bundled", "queued", "activations", "team", "allocation", "options", "finite"),
     ("e8shell", "moments"),
     ("e8p",),
     ("rvq", "tensor_parallel"),

@@ -99,14 +99,13 @@ def test_what_lies_around_the_layers_is_not_kept(model_folder, monkeypatch: pyte
     decoder = Decoder(ModelFolder(model_folder("llama-tied")), torch.device("cpu"), torch.float32)
     kept: list[bool] = []
 
-    def watch(step: str, real: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(*args: object) -> Tensor:
-            kept.append(any(parameter.device.type != "meta" for parameter in decoder._model.parameters()))
-            return real(*args)
+    call = decoder.call
 
-        return call
+    def watching(i: int, layer: nn.Module, hidden: Tensor) -> Tensor:
+        kept.append(any(parameter.device.type != "meta" for parameter in decoder._model.parameters()))
+        return call(i, layer, hidden)
 
-    monkeypatch.setattr(decoder, "call", watch("call", decoder.call))
+    monkeypatch.setattr(decoder, "call", watching)
     output_sensitivity(decoder, WINDOWS, 7, lambda _: None, Team())
     assert kept
     assert not any(kept)

@@ -2,7 +2,7 @@
 
 The ledger is written anew, atomically, at every change, so that it is true whenever this process dies. What is done,
 and whose files are those that were written, is not done again; what was interrupted goes on from its last finished
-layer (checkpoint.py); a failure is noted, and the next job begins.
+layer (workspace.py); a failure is noted, and the next job begins.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+
+from eightfold.finite import without_infinity
 
 WIDTH = 160  # of tables in a pipe or a file
 PHASES = {
@@ -70,7 +71,7 @@ class Terminal:
     def finish(self, content: dict[str, Any]) -> None:
         """End with the JSON object, if it was asked for."""
         if self.as_json:
-            self._stdout.write(json.dumps(_finite(content), allow_nan=False) + "\n")
+            self._stdout.write(json.dumps(without_infinity(content), allow_nan=False) + "\n")
             self._stdout.flush()
 
     @contextmanager
@@ -217,12 +218,3 @@ def _console(stderr: bool) -> Console:
     if not console.is_terminal:
         console.width = WIDTH
     return console
-
-
-def _finite(value: Any) -> Any:
-    """`value` with null for numbers that JSON has not."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value

@@ -151,10 +151,3 @@ def read_json(path: Path) -> dict[str, Any]:
 def natural(name: str) -> list[tuple[int, str]]:
     """Sort key that puts layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-def without_infinity(value: Any) -> Any:
-    """`value` with null for numbers that JSON has not."""
-    if isinstance(value, dict):
-        return {key: without_infinity(each) for key, each in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from eightfold.calibration import tokens_sha256
 from eightfold.evaluate import EvalResult, NotFiniteError, evaluate, final_hidden
-from eightfold.files import measure, read_json, sync, to_json, without_infinity
+from eightfold.files import measure, read_json, sync, to_json
+from eightfold.finite import without_infinity
 from eightfold.folder import ModelFolder
 from eightfold.team import Team
 from eightfold.workspace import MANIFEST

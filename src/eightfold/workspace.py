@@ -25,10 +25,10 @@ from eightfold.files import (
     read_json,
     sync,
     to_json,
-    without_infinity,
     write_tensors,
     write_text,
 )
+from eightfold.finite import without_infinity
 from eightfold.format import DTYPE_CODES, CheckpointError
 
 MANIFEST = "eightfold.json"

@@ -18,8 +18,8 @@ constexpr u32 MAGIC_BITS = 0x4b400000u;
 
 __device__ __forceinline__ int swizzle(int lane, int j) { return lane ^ j ^ (j & 1) << 2; }
 
-// What one of the CTA_WARPS warps of a CTA holds of a slice of up to SEGMENTS segments: eight coordinates a lane and segment, from
-// `at` on; at < 0: none.
+// What one of the CTA_WARPS warps of a CTA holds of a slice of up to SEGMENTS segments: eight coordinates a lane and
+// segment, from `at` on; at < 0: none.
 template <int CTA_WARPS, int SEGMENTS>
 struct Values {
   static constexpr int COUNT = (SEGMENTS + CTA_WARPS - 1) / CTA_WARPS, THREADS = 32 * CTA_WARPS;
@@ -56,8 +56,8 @@ __device__ __forceinline__ u32 pick(u32 a, u32 b, u32 c, u32 d) {
   return __byte_perm(__byte_perm(a, b, TWO), __byte_perm(c, d, TWO), 0x5410);
 }
 
-// Quantize one slice of one token into its planes; returns the scale. By all threads of the CTA. reduced[0], the largest magnitude, and reduced[1], the sum of the integers, are zero before; the sum is there
-// after the caller's next barrier.
+// Quantize one slice of one token into its planes; returns the scale. By all threads of the CTA. reduced[0], the largest
+// magnitude, and reduced[1], the sum of the integers, are zero before; the sum is there after the caller's next barrier.
 template <class V>
 __device__ __forceinline__ float quantize(const V& values, int length, uint4* planes, int tokens, int token,
                                           u32* reduced) {
