@@ -67,7 +67,7 @@ class Team:
         if self.rank == source != to:
             assert right is not None
             for tensor in right:
-                distributed.send(tensor, to)
+                _pass_on(distributed.isend, tensor, to)
         if self.rank != to:
             return None
         assert left is not None
@@ -77,7 +77,7 @@ class Team:
                 whole += right[n]
             else:
                 part = torch.empty_like(whole)
-                distributed.recv(part, source)
+                _pass_on(distributed.irecv, part, source)
                 whole += part
         return left
 
@@ -113,12 +113,12 @@ class Team:
         shapes = self.gather([(tensor.shape, tensor.dtype) for tensor in own])
         if self.rank == source:
             for tensor in own:
-                distributed.send(tensor.contiguous(), 0)
+                _pass_on(distributed.isend, tensor.contiguous(), 0)
         if self.rank:
             return []
         found = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
         for tensor in found:
-            distributed.recv(tensor, source)
+            _pass_on(distributed.irecv, tensor, source)
         return found
 
     def tell(self, thing: Any) -> Any:
@@ -128,3 +128,10 @@ class Team:
         box = [thing]
         distributed.broadcast_object_list(box, 0)
         return box[0]
+
+
+def _pass_on(way: Callable[..., Any], tensor: Tensor, other: int) -> None:
+    """Send (`distributed.isend`) or receive (`distributed.irecv`) one tensor."""
+    # A batch of one: NCCL, connected once for everything, warns of sends outside a batch.
+    for work in distributed.batch_isend_irecv([distributed.P2POp(way, tensor, other)]):
+        work.wait()
