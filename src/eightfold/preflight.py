@@ -14,7 +14,7 @@ from torch import Tensor
 
 import eightfold
 from eightfold import calibration
-from eightfold.checkpoint import output_tensors, plan_shards
+from eightfold.checkpoint import SHARD_BYTES, output_tensors, plan_shards
 from eightfold.cost import Cost, Machine, estimate, fast_rate
 from eightfold.cost import rates as _rates
 from eightfold.files import file_bytes
@@ -56,7 +56,7 @@ class Request:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     tp_max: int | None = None
-    shard_bytes: int = 4 << 30
+    shard_bytes: int = SHARD_BYTES
     sensitivity_samples: int = 16
     eval_text: str | None = None
     eval_windows: int = 32
