@@ -50,6 +50,23 @@ def test_activations_wait_on_the_host_where_the_gpu_has_no_room() -> None:
     assert not estimate(WORK, replace(MACHINE, memory=gpu_bytes(WORK, 1, on_host=True) - 1)).fits
 
 
+def test_pinned_batches_count_as_powers_of_two() -> None:
+    """Eight layers of Qwen2.5-14B's shape took 11,221,995,565 bytes with 18 GB of a GPU (quantize.jsonl)."""
+    kv = 8 * 128
+    layer = (
+        Group(5120, (5120, kv, kv), False),
+        Group(5120, (5120,), True),
+        Group(5120, (13824, 13824), False),
+        Group(13824, (5120,), True),
+    )
+    outside = 2 * 152064 * 5120
+    work = Work(layer, None, 8, 5120, 40, 152064, outside, outside, 128, 2048, 16, 2, 4.0, 32768, Settings())
+    cost = estimate(work, replace(MACHINE, memory=18 * 10**9))
+    assert cost.on_host
+    assert not cost.sensed_on_host
+    assert 11_221_995_565 < cost.host_bytes < 15 * 10**9
+
+
 def test_more_gpus_take_less_time_and_memory_each() -> None:
     one, two = estimate(WORK, MACHINE), estimate(WORK, replace(MACHINE, gpus=2))
     assert two.seconds < one.seconds

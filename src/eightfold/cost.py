@@ -124,7 +124,8 @@ def estimate(work: Work, machine: Machine) -> Cost:
     gpus, memory, took = machine.gpus, machine.memory, seconds(work, machine)
     needed = gpu_bytes(work, gpus, on_host=False)
     if memory is None:
-        return Cost(gpus, 0, None, needed - CONTEXT_BYTES + host_bytes(work, gpus, False, True), took, False, True)
+        host = needed - CONTEXT_BYTES + host_bytes(work, gpus, False, True, pinned=False)
+        return Cost(gpus, 0, None, host, took, False, True)
     if on_host := needed > memory:
         needed = gpu_bytes(work, gpus, on_host=True)
     sensing = CONTEXT_BYTES + _sensing(work) + sensed_bytes(work, gpus)
@@ -191,10 +192,16 @@ def _quantize(group: Group) -> int:
     return given + max(factoring, fitting)
 
 
-def host_bytes(work: Work, gpus: int, on_host: bool, sensed_on_host: bool) -> int:
-    """Most that the host holds at once, of all processes."""
-    kept = gpus * sensed_bytes(work, gpus) if sensed_on_host else 0
-    streams = gpus * activation_bytes(work, gpus) if on_host else 0
+def host_bytes(work: Work, gpus: int, on_host: bool, sensed_on_host: bool, pinned: bool = True) -> int:
+    """Most that the host holds at once, of all processes. `pinned`: hidden states lie in pinned memory, of which
+    PyTorch gives each batch a power of two."""
+
+    def held(size: int, samples: int) -> int:
+        batch = samples * work.seqlen * work.hidden * work.item
+        return -(-size // batch) * (1 << (batch - 1).bit_length() if pinned else batch)
+
+    kept = gpus * held(sensed_bytes(work, gpus), 1) if sensed_on_host else 0
+    streams = gpus * held(activation_bytes(work, gpus), work.batch) if on_host else 0
     codes = int(work.bits / 8 * work.weights)
     # Of a layer: what is read, its pinned copy (of powers of two), what is written.
     return gpus * HOST_BYTES + max(kept, streams) + (3 * gpus + 1) * work.weights * work.item + 2 * codes
