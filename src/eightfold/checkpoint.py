@@ -28,7 +28,7 @@ from eightfold.parallel import ordered_map
 from eightfold.workspace import MANIFEST, Workspace
 
 WRITERS = 4  # files written at once; several threads that write to one only wait for each other
-SHARD_BYTES = 2 * 10**9  # of a file at most: an 8B model is three or four, which are written at once
+SHARD_BYTES = 2 * 10**9  # of a file at most: an 8B model is two to four, which are written at once
 # Files of the source that go along: what a tokenizer or generation needs, and the terms of use.
 COPIED = ("tokenizer*", "vocab*", "merges.txt", "*.tiktoken", "*.jinja", "chat_template.json", "spiece.model")
 COPIED += ("special_tokens_map.json", "added_tokens.json", "generation_config.json", "LICENSE*", "NOTICE*")
