@@ -249,6 +249,8 @@ def test_shapes_of_x():
         wide[::2, 576:],
         wide.T.contiguous().T[:, :576],
         wide[:1, :576].expand(6, -1),
+        wide[:1, 576:],  # one token, which is copied as a whole
+        wide[:1, 5 : 5 + 576],  # or not, where it is not aligned
     ):
         assert torch.equal(module(view), module(view.contiguous()))
 

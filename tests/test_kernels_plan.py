@@ -87,6 +87,7 @@ def c_struct(file: str, name: str, stages: int = 0) -> type[ctypes.Structure]:
 
 STRUCTS = {
     "quantize_input": ("rotate.cu", "QuantizeParams"),
+    "quantize_wide_input": ("rotate.cu", "QuantizeParams"),
     "rotate_input": ("rotate.cu", "RotateParams"),
     "rotate_output": ("rotate.cu", "RotateParams"),
     "rotate_wide_input": ("rotate.cu", "RotateParams"),
@@ -242,21 +243,22 @@ def matvec_constants(chosen) -> dict[str, int]:
 
 
 def matvec_bytes(chosen, units: int, tiles: int, tokens: int) -> int:
-    """Shared memory of a CTA of matvec up to the end of its flags, by the pointers in its source."""
-    text = re.sub(r"reinterpret_cast<\w+\*>\(([^;]*)\);", r"\1;", source("matvec.cu")).replace("p.", "")
-    piece = re.search(r"struct alignas\(16\) Piece {\s*int ([^;]*);", text)[1]
-    bytes_of = {"uint4": 16, "Piece": 4 * len(piece.split(",")), "u32": 4, "float": 4, "u8": 1}
-    names = matvec_constants(chosen) | {"units": units, "tile0": 0, "tile1": tiles, "tokens": tokens, "shared": 0}
-    for name in ("most", "words"):
-        names[name] = evaluate(re.search(rf"const int {name} = ([^;]*);", text)[1], names)
+    """Shared memory of a CTA of matvec up to the end of its sums, by the pointers in its source."""
+    text = re.sub(r"reinterpret_cast<\w+\*>\(([^;]*)\);", r"\1;", source("matvec.cu"))
+    bytes_of = {"uint4": 16, "u32": 4, "float": 4, "u8": 1}
+    names = matvec_constants(chosen) | {"units": units, "tokens": tokens, "shared": 0}
+    names["words"] = evaluate(re.search(r"const int words = ([^;]*);", text)[1], names)
     kinds = {"shared": "u8"}
-    for name in ("activations", "pieces", "reduced", "factors", "sums", "done"):
+    for name in ("activations", "reduced", "factors", "sums"):
         kinds[name], base, offset = re.search(rf"(\w+)\* const {name} = (\w+) \+ ([^;]*);", text).groups()
         names[name] = names[base] + bytes_of[kinds[base]] * evaluate(offset, names)
         assert names[name] % bytes_of[kinds[name]] == 0
     assert names["factors"] + 8 * tokens == names["sums"]  # a word a token is not used
     assert names["sums"] % 16 == 0
-    return names["done"] + 4 * (names["most"] + 1)
+    # The barrier of the bulk copies lies between the activations and what is reduced.
+    arrived = re.search(r"arrived = to \+ ([^;]*);", text)[1]
+    assert names["reduced"] == names["activations"] + evaluate(arrived, names) + 16
+    return names["sums"] + 4 * tiles * chosen.stages.count * tokens * TILE
 
 
 # --- plan.py
@@ -285,8 +287,7 @@ def test_packed_runs_and_borders():
     assert len(packed) == 4 * (1 + 97 + 96) == ctypes.sizeof(c_struct("common.cuh", "Runs"))
     found = c_struct("common.cuh", "Runs").from_buffer_copy(packed)
     assert found.count == 2
-    assert list(found.start) == [0, 512] + [576] * 95
-    assert list(found.log) == [8, 6] + [0] * 94
+    assert list(found.at) == [0, 8, 512, 6] + [576, 0] * 94 + [576]
     borders = pack_borders((0, 5, 9))
     assert list((ctypes.c_int32 * 65).from_buffer_copy(borders)) == [0, 5] + [9] * 63
     assert len(borders) == 4 * 65
@@ -353,8 +354,8 @@ def warp_segments(blocks, plan: Plan) -> int:
 
 
 def warp_room() -> int:
-    """Segments of a token that the warps of a matvec hold, as its source says."""
-    (segments,) = re.findall(r"Values<WARPS, (\w+ / \w+)>", source("matvec.cu"))
+    """Segments of a token that the warps of a CTA hold, as the source says."""
+    (segments,) = re.findall(r"Values<CTA_WARPS, (\w+ / \w+)> values;", source("quantize.cuh"))
     return evaluate(segments, {"MAX_SLICE": MAX_SLICE, "SEGMENT": UNIT})
 
 
@@ -371,8 +372,7 @@ def check_plan(plan: Plan, blocks, rows, chosen, shared) -> None:
     groups = -(-tiles // chosen.rows)
     assert 1 <= plan.ctas <= groups
     units = max(-(-length // UNIT) for length in lengths)
-    borders = [groups * cta // plan.ctas * chosen.rows for cta in range(plan.ctas)] + [tiles]
-    share = max(b - a for a, b in pairwise(borders))
+    share = min(-(-groups // plan.ctas) * chosen.rows, tiles)  # most tiles of a CTA: shares are even
     assert matvec_bytes(chosen, units, share, tokens) <= chosen.shared_limit(shared)
     assert chosen.ctas * (chosen.shared_limit(shared) + 1024) <= shared + 1024
 
@@ -380,10 +380,10 @@ def check_plan(plan: Plan, blocks, rows, chosen, shared) -> None:
     assert plan.chunks == tuple(i for i, start in enumerate(plan.slices) if start in ends)
     assert plan.chunks[0] == 0
     assert plan.chunks[-1] == plan.count
-    if plan.alone:
+    assert plan.alone == (plan.in_registers and tokens <= ALONE_TOKENS)
+    if plan.in_registers:
         assert all(start in ends for start in plan.slices)
         assert max(blocks[::2]) <= UNIT
-        assert tokens <= ALONE_TOKENS
         assert warp_segments(blocks, plan) <= warp_room()
     assert plan.buffer == max(plan.slices[b] - plan.slices[a] for a, b in pairwise(plan.chunks))
     for start, stop, log in runs(blocks):  # hadamard_segment takes whole blocks, or whole 256ths of one
@@ -542,34 +542,28 @@ def test_shared_memory_of_matvec_is_what_plan_counts(shared):
         assert chosen.shared_bytes(5, 7, 1) <= chosen.shared_bytes(5, 7, CLASS_OF[chosen.tiles])
 
 
-def find_pieces(blocks, begin: int, end: int) -> list[tuple[int, int, int]]:
-    """As matvec.cu does it: (number, first row, end) of what shares rows with [begin, end)."""
-    before, found = 0, []
+def find_piece(blocks, row: int) -> tuple[int, int, int]:
+    """As matvec.cu does it: (number, first row, end) of what has a row."""
+    before = 0
     for low, high, _ in runs(blocks):
-        start, stop = max(low, begin), min(high, end)
-        if start < stop:
-            for i in range((start - low) // UNIT, (stop - 1 - low) // UNIT + 1):
-                found.append((before + i, low + i * UNIT, min(low + (i + 1) * UNIT, high)))
+        if row < high:
+            number = (row - low) // UNIT
+            return before + number, low + UNIT * number, min(low + UNIT * (number + 1), high)
         before += -(-(high - low) // UNIT)
-    return found
+    raise AssertionError(f"no piece has row {row}")
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_pieces_of_a_cta_have_room(seed):
-    """As many as matvec.cu has places for; all of them together are the rows, numbered as the host counts them."""
-    rng = random.Random(seed)
-    most = re.search(r"const int most = ([^;]*);", source("matvec.cu"))[1]
+def test_pieces_are_numbered_as_the_host_counts_them(seed):
     many = flat([2, 1] * 48), flat([256, 16] * 48), (256, 256), (16, 4096), (1, 7)
     for blocks in (*many, *(blocks for blocks, _ in random_layouts(seed))):
-        rows = runs(blocks)[-1][1]
-        every = find_pieces(blocks, 0, rows)
-        assert [number for number, *_ in every] == list(range(block_count(blocks)))
-        assert [0, *(end for *_, end in every)] == [*(begin for _, begin, _ in every), rows]
-        for _ in range(20):
-            tile0 = rng.randrange(-(-rows // TILE))
-            tile1 = rng.randint(tile0 + 1, -(-rows // TILE))
-            room = evaluate(most, {"tile0": tile0, "tile1": tile1, "MAX_RUNS": MAX_RUNS})
-            assert len(find_pieces(blocks, TILE * tile0, min(TILE * tile1, rows))) <= room
+        row, rows = 0, runs(blocks)[-1][1]
+        for number in range(block_count(blocks)):
+            found = find_piece(blocks, row)
+            assert found[:2] == (number, row)
+            assert find_piece(blocks, found[2] - 1) == found
+            row = found[2]
+        assert row == rows
 
 
 # --- plan.py: gemm
@@ -742,11 +736,14 @@ def launched_plan(launch, x, weight, bias, shared) -> Plan:
     assert p.scale_dtype == host.DTYPES[weight.scale_out.dtype]
     assert p.bias_dtype == (0 if bias is None else host.DTYPES[bias.dtype])
     assert (p.tokens, p.columns, p.features) == (len(x), len(weight.scale_in), len(weight.scale_out))
-    assert (p.padded, p.slices, p.ctas) == (weight.padded_out, plan.count, plan.ctas)
+    assert (p.padded, p.slices) == (weight.padded_out, plan.count)
+    groups = -(-weight.padded_out // (TILE * chosen.rows))
+    assert p.share * plan.ctas + p.more == groups
+    assert 0 <= p.more < plan.ctas
     assert p.pitch == pitch(weight)
     assert raw(p, "slice_start") == pack_borders(plan.slices)
     assert (raw(p, "in_runs"), raw(p, "runs")) == (pack_runs(weight.in_blocks), pack_runs(weight.out_blocks))
-    assert launch.grid == plan.count * plan.ctas
+    assert launch.grid == (plan.ctas, plan.count, 1)
     assert launch.block == 32 * chosen.warps
     assert len(p.codes) == stages
     assert launch.overlap == weight.tiled  # rows of codes may be what the kernel ahead of it writes
@@ -767,6 +764,10 @@ def check_quantize(launch, x, weight, plan, matvec, shared) -> None:
     assert raw(p, "runs") == pack_runs(weight.in_blocks)
     assert launch.grid == (len(plan.chunks) - 1, len(x), 1)
     assert (launch.block, launch.overlap, launch.stream) == (512, True, 7)
+    assert launch.name == ("quantize_input" if plan.in_registers else "quantize_wide_input")
+    if plan.in_registers:
+        assert not p.scratch
+        return
     assert bool(p.scratch) == (4 * (plan.buffer + 2 * MAX_SLICES) > shared)
     assert p.scratch or launch.shared >= 4 * (plan.buffer + 2 * MAX_SLICES)
 
@@ -788,7 +789,8 @@ def check_decode(gpu, x, weight, bias, y) -> list[str]:
     assert (y.shape, y.dtype) == ((len(x), len(weight.scale_out)), x.dtype)
     launches = {launch.name: launch for launch in gpu.launches}
     assert len(launches) == len(gpu.launches)
-    matvec, quantize = launches["matvec"], launches.get("quantize_input")
+    matvec = launches["matvec"]
+    quantize = launches.get("quantize_input") or launches.get("quantize_wide_input")
     plan = launched_plan(matvec, x, weight, bias, gpu.shared)
     check_workspace(gpu, matvec.p, plan, weight, len(x))
     assert matvec.p.y == address(y)
@@ -796,6 +798,7 @@ def check_decode(gpu, x, weight, bias, y) -> list[str]:
         check_quantize(quantize, x, weight, plan, matvec.p, gpu.shared)
     else:
         assert plan.alone
+        assert plan.in_registers
         assert len(x) <= ALONE_TOKENS
         assert (matvec.p.planes, matvec.p.scales, matvec.p.sums) == (0, 0, 0)
     assert bool(matvec.p.counters) == (gpu.launches[-1] is matvec)
@@ -852,13 +855,15 @@ def test_matvec_rotates_blocks_up_to_256_by_itself(gpu, tokens, in_blocks, share
     (8, (8, 16) * 16),  # more runs in every slice than warps hold
 ])  # fmt: skip
 @pytest.mark.parametrize("shared", DEVICES)
-def test_quantize_input_rotates_the_rest(gpu, tokens, in_blocks, shared):
+def test_a_launch_before_it_rotates_the_rest(gpu, tokens, in_blocks, shared):
     gpu.processors, gpu.shared = DEVICES[shared], shared
     k = 957 if in_blocks is None else sum(in_blocks) - 3
     packed = packed_for(k=k, in_blocks=in_blocks, bias="float32", scale=torch.float32)
     weight, x = weight_of(packed), activations(tokens, k)
     y = host.linear(x, weight, packed.bias)
-    assert check_decode(gpu, x, weight, packed.bias, y) == ["quantize_input", "matvec", *finishing(tokens)]
+    small = in_blocks in (None, (8,) * 9)  # else wide blocks, or more runs than warps hold
+    first = "quantize_input" if small else "quantize_wide_input"
+    assert check_decode(gpu, x, weight, packed.bias, y) == [first, "matvec", *finishing(tokens)]
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 7, 16])

@@ -28,6 +28,7 @@ from eightfold.cuda.plan import (
     MATVEC_TOKENS,
     MAX_ROWS,
     MAX_RUNS,
+    TILE,
     UNIT,
     Plan,
     Stages,
@@ -104,7 +105,7 @@ def prepare(weight: Weight) -> None:
     for tokens in () if weight.stages.shells else CLASSES:
         chosen = _variant(weight, tokens, device)
         _matvec(chosen, device)
-        kernel("quantize_input", shared_buffer(_plan(weight, chosen, tokens, device).buffer, device), device)
+        _quantize_kernel(_plan(weight, chosen, tokens, device), device)
     prepare_rotations(weight.in_blocks, weight.out_blocks, device)
     prepare_dense(weight)
     if weight.aligned and not weight.stages.shells:
@@ -153,18 +154,19 @@ def _decode(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
     else:
         _quantize(x, weight, plan, quantized, stream)
     params = struct.pack(
-        f"<{weight.stages.count + 11}Q3I11i",
+        f"<{weight.stages.count + 11}Q3I12i",
         *(c.data_ptr() for c in weight.codes), x.data_ptr(), weight.scale_in.data_ptr(), *quantized,
         partial, counters, weight.ratios.data_ptr(), weight.scale_out.data_ptr(), address(bias),
         y.data_ptr(),
         *weight.strides,
         DTYPES[x.dtype], DTYPES[y.dtype], DTYPES[weight.scale_out.dtype], 0 if bias is None else DTYPES[bias.dtype],
-        tokens, len(weight.scale_in), len(weight.scale_out), weight.padded_out, pitch, plan.count, plan.ctas,
+        tokens, len(weight.scale_in), len(weight.scale_out), weight.padded_out, pitch, plan.count,
+        *divmod(-(-weight.padded_out // (TILE * chosen.rows)), plan.ctas),
     )  # fmt: skip
     params += pack_borders(plan.slices) + pack_runs(weight.in_blocks) + pack_runs(weight.out_blocks)
     # It reads weights before the kernel ahead of it is done, so that must not be one that writes them: `prepare` waits.
     overlap = weight.tiled
-    _matvec(chosen, device).launch(plan.count * plan.ctas, 32 * chosen.warps, whole(params), stream, overlap)
+    _matvec(chosen, device).launch((plan.ctas, plan.count, 1), 32 * chosen.warps, whole(params), stream, overlap)
     if not counters:
         source = Rows(partial, pitch, DTYPES[torch.float32], tokens, plan.count)
         side = Side(weight.scale_out, bias, weight.out_blocks, overlap)
@@ -175,8 +177,9 @@ def _decode(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
 def _quantize(x: Tensor, weight: Weight, plan: Plan, to: list[int], stream: int) -> None:
     """Launch quantize_input, which writes planes, scales, sums."""
     device, chunks = _index(x.device), len(plan.chunks) - 1
-    shared = shared_buffer(plan.buffer, device)
-    scratch = None if shared else x.new_empty(plan.buffer * chunks * len(x), dtype=torch.float32)
+    chosen = _quantize_kernel(plan, device)
+    buffered = not plan.in_registers and not shared_buffer(plan.buffer, device)
+    scratch = x.new_empty(plan.buffer * chunks * len(x), dtype=torch.float32) if buffered else None
     params = struct.pack(
         "<6Qq6i",
         x.data_ptr(), weight.scale_in.data_ptr(), *to, address(scratch),
@@ -184,7 +187,13 @@ def _quantize(x: Tensor, weight: Weight, plan: Plan, to: list[int], stream: int)
         DTYPES[x.dtype], DTYPES[weight.scale_in.dtype], len(weight.scale_in), len(x), plan.count, plan.buffer,
     )  # fmt: skip
     params += pack_borders(plan.chunks) + pack_borders(plan.slices) + pack_runs(weight.in_blocks)
-    kernel("quantize_input", shared, device).launch((chunks, len(x), 1), THREADS, whole(params), stream, True)
+    chosen.launch((chunks, len(x), 1), THREADS, whole(params), stream, True)
+
+
+def _quantize_kernel(plan: Plan, device: int) -> Kernel:
+    if plan.in_registers:
+        return kernel("quantize_input", 0, device)
+    return kernel("quantize_wide_input", shared_buffer(plan.buffer, device), device)
 
 
 def _workspace(device: torch.device, *sizes: int) -> tuple[Tensor, list[int]]:

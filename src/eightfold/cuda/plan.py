@@ -126,8 +126,7 @@ class Variant:
         """Shared memory of a CTA with `tiles` tiles of rows over `units` units of columns."""
         activations = units * 4 * 8 * tokens * 16
         sums = tiles * self.stages.count * tokens * TILE * 4
-        pieces = 20 * (tiles * TILE // UNIT + 2 + MAX_RUNS) + 4
-        return self.fixed_bytes + activations + pieces + 16 * tokens + sums
+        return self.fixed_bytes + activations + 16 + 16 * tokens + sums
 
 
 @cache
@@ -173,12 +172,13 @@ def variants(shared: int) -> set[Variant]:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """`slices`: borders of the slices; `chunks`: numbers of the slices at which a chunk of whole rotation blocks
-    starts, and the number of slices; `ctas` of each slice; `alone`: matvec can rotate what it needs by itself, every
-    slice being a chunk of blocks up to UNIT in no more pieces than its warps hold."""
+    starts, and the number of slices; `ctas` of each slice; `in_registers`: every slice is a chunk of blocks up to UNIT,
+    in no more pieces than the warps of a CTA hold; `alone`: matvec rotates these by itself."""
 
     slices: tuple[int, ...]
     chunks: tuple[int, ...]
     ctas: int
+    in_registers: bool
     alone: bool
 
     @property
@@ -230,9 +230,9 @@ def pack_runs(blocks: tuple[int, ...]) -> bytes:
     every = runs(blocks)
     if len(every) > MAX_RUNS:
         raise UnsupportedLayoutError(f"expected at most {MAX_RUNS} runs of equal rotation blocks, got {len(every)}")
-    starts = [start for start, _, _ in every] + [every[-1][1]] * (MAX_RUNS + 1 - len(every))
-    logs = [log for _, _, log in every] + [0] * (MAX_RUNS - len(every))
-    return struct.pack(f"<{2 + 2 * MAX_RUNS}i", len(every), *starts, *logs)
+    flat = [number for start, _, log in every for number in (start, log)]
+    flat += [every[-1][1], 0] * (MAX_RUNS - len(every)) + [every[-1][1]]
+    return struct.pack(f"<{2 + 2 * MAX_RUNS}i", len(every), *flat)
 
 
 def pack_borders(borders: Sequence[int]) -> bytes:
@@ -278,10 +278,10 @@ def make_plan(blocks: tuple[int, ...], rows: int, variant: Variant, tokens: int,
         cost = _cost(variant, waves * resident, share, units, count, tokens) + (len(chunks) <= count)
         if resident < variant.ctas:
             cost = 1.2 * cost - 1.0  # fewer warps, but the next launch can start beside this one
-        alone = tokens <= ALONE_TOKENS and len(chunks) == len(slices) and max(blocks[::2]) <= UNIT
-        alone = alone and all(segments(blocks, *borders) <= MAX_SLICE // UNIT for borders in pairwise(slices))
+        small = len(chunks) == len(slices) and max(blocks[::2]) <= UNIT
+        small = small and all(segments(blocks, *borders) <= MAX_SLICE // UNIT for borders in pairwise(slices))
         if best is None or cost < best[0]:
-            best = cost, Plan(slices, chunks, ctas, alone)
+            best = cost, Plan(slices, chunks, ctas, small, small and tokens <= ALONE_TOKENS)
     if best is None:
         raise UnsupportedLayoutError(
             f"expected an input of at most {MAX_SLICES} slices that fit {shared} bytes of shared memory, "

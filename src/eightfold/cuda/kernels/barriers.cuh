@@ -22,6 +22,16 @@ __device__ __forceinline__ void start_barrier(u32 barrier, int arrivals) {
 __device__ __forceinline__ void arrive(u32 barrier) {
   asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(barrier) : "memory");
 }
+// Copy `bytes`, a multiple of 16, from global memory to the shared address `to` and make the barrier wait for them: by one
+// thread, from compute capability 9.0 on. It reads what kernels stored that this one has waited for as a whole. A
+// fence.proxy.async between would be for nothing, and wait until all copies that the thread has begun are there.
+__device__ __forceinline__ void copy_bulk(u32 to, const void* from, u32 bytes, u32 barrier) {
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }" ::"r"(barrier), "r"(bytes) : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+// Barriers are to be seen by bulk copies.
+__device__ __forceinline__ void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 // Arrives when all copies that this thread has begun are there.
 __device__ __forceinline__ void arrive_with_copies(u32 barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");

@@ -15,23 +15,21 @@ struct Butterfly {
   int log;
 };
 
-// The Hadamard matrix over the bits `active` of row and column; over the others the identity. ONE: 1 as 16 bits of the
-// operands' type.
+// The Hadamard matrix over the bits `active` of row and column; over the others the identity, with zeros of either sign.
+// ONE: 1 as 16 bits of the operands' type.
 template <u32 ONE = 0x3f80u>
 __device__ __forceinline__ void hadamard_fragment(u32 (&a)[4], int active) {
   int lane;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane)); // volatile: not to be kept ready in registers through a loop
-  const int g = lane >> 2, t = lane & 3;
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    a[r] = 0;
-#pragma unroll
-    for (int pair = 0; pair < 2; ++pair) {
-      const int row = g + 8 * (r & 1), column = 2 * t + 8 * (r >> 1) + pair;
-      const u32 one = ONE | (0x6996u >> (row & column & active) & 1) << 15; // bits of 0x6996: parities
-      if (((row ^ column) & ~active) == 0) a[r] |= one << 16 * pair;
-    }
-  }
+  // Register r has row g + 8 (r & 1) of columns 2 t + 8 (r >> 1) and the next. The bits of both numbers act apart: of the
+  // middle two come sign and presence for all registers, of the last which of a pair, of the first which register.
+  const int g = lane >> 2, t = lane & 3, middle = active >> 1 & 3;
+  const bool odd = g & 1, last = active & 1, first = active & 8;
+  const u32 one = (g >> 1 ^ t) & ~middle ? 0 : ONE | (0x6996u >> (g >> 1 & t & middle) & 1) << 15; // bits of 0x6996: parities
+  const u32 left = last || !odd ? one : 0, right = last ? one ^ odd << 15 : odd ? one : 0;
+  a[0] = left | right << 16;
+  a[1] = a[2] = first ? a[0] : 0;
+  a[3] = first ? a[0] ^ 0x80008000u : a[0];
 }
 __device__ __forceinline__ Butterfly butterfly(int log) {
   Butterfly b;

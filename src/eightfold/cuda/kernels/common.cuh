@@ -12,12 +12,14 @@ constexpr int SEGMENT = 256;   // coordinates that one warp transforms in regist
 constexpr int MAX_RUNS = 96;   // of equal rotation blocks on one side of a linear
 constexpr int MAX_SLICES = 64; // of the input
 
-// Rotation blocks of one side: run r is blocks of 1 << log[r] from coordinate start[r] up to start[r + 1].
+// Rotation blocks of one side: run r is blocks of 1 << run_log from coordinate run_start up to that of run r + 1. Both lie
+// side by side: parameters come to a multiprocessor line by line, and each line takes its time.
 struct Runs {
   int count;
-  int start[MAX_RUNS + 1];
-  int log[MAX_RUNS];
+  int at[MAX_RUNS + MAX_RUNS + 1]; // start, log, start, log, ..., end
 };
+__device__ __forceinline__ int run_start(const Runs& runs, int r) { return runs.at[2 * r]; }
+__device__ __forceinline__ int run_log(const Runs& runs, int r) { return runs.at[2 * r + 1]; }
 
 __device__ __forceinline__ float half_to_float(u16 h) {
   float f;
@@ -135,6 +137,27 @@ __device__ __forceinline__ void store8(void* p, long long i, long long end, int 
   }
 }
 
+// Add eight numbers of each slice to v, in the order of the slices, of which AT_ONCE are on their way at a time. They lie
+// `apart` floats from each other, the first at `at`, each on a multiple of 16 bytes; not from L1, since other CTAs write them.
+template <int AT_ONCE>
+__device__ __forceinline__ void add_slices(float (&v)[8], const float* at, long long apart, int slices) {
+  for (; slices > 0; slices -= AT_ONCE, at += AT_ONCE * apart) {
+    float4 low[AT_ONCE], high[AT_ONCE];
+#pragma unroll
+    for (int s = 0; s < AT_ONCE; ++s)
+      if (s < slices) {
+        const float4* const from = reinterpret_cast<const float4*>(at + s * apart);
+        low[s] = __ldcg(from), high[s] = __ldcg(from + 1);
+      }
+#pragma unroll
+    for (int s = 0; s < AT_ONCE; ++s)
+      if (s < slices) {
+        v[0] += low[s].x, v[1] += low[s].y, v[2] += low[s].z, v[3] += low[s].w;
+        v[4] += high[s].x, v[5] += high[s].y, v[6] += high[s].z, v[7] += high[s].w;
+      }
+  }
+}
+
 // Into L2, for what is read once, late, and by a kernel that has nothing to do yet.
 __device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
@@ -191,10 +214,10 @@ struct Segment {
 // not so many.
 __device__ __forceinline__ Segment find_segment(const Runs& runs, int begin, int end, int number) {
   for (int r = 0; r < runs.count; ++r) {
-    const int low = max(runs.start[r], begin), high = min(runs.start[r + 1], end);
+    const int low = max(run_start(runs, r), begin), high = min(run_start(runs, r + 1), end);
     if (low >= high) continue;
     const int count = (high - low + SEGMENT - 1) / SEGMENT;
-    if (number < count) return {low + SEGMENT * number, high, runs.log[r]};
+    if (number < count) return {low + SEGMENT * number, high, run_log(runs, r)};
     number -= count;
   }
   return {-1, -1, 0};

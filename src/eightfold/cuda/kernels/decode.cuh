@@ -30,26 +30,44 @@ __device__ __forceinline__ u32 pair_nibbles(u32 word) {
   return paired;
 }
 
-// `tables`: at address TABLES. By the first `threads` threads; no barrier. A thread takes a row; lanes start at different
-// copies of theirs, so that no two store to the same bank. PAIRS: pair_nibbles of every word.
-template <bool PAIRS = false>
-__device__ __forceinline__ void fill_tables(u8* tables, int threads) {
-  for (int i = threadIdx.x; i < 512 + 256 * E81B_STAGES; i += threads) {
-    const int kind = i >> 8, row = i & 255;
-    u32 word = (kind == 0 ? PATTERNS : kind == 1 ? SIGNS : E81B)[row];
-    if (PAIRS) word = pair_nibbles(word);
-    if (COPIES == 32) {
-      const int copies = kind == 2 ? E81B_COPIES / 4 : 8; // of 16 bytes
-      u8* const to = tables + (kind == 2 ? 2 * TABLE_BYTES + E81B_ROW_BYTES * row : ROW_BYTES * i);
+// The tables on their way to shared memory, each row in one of the first THREADS threads of a CTA. In two steps: whoever
+// starts copies of codes in between has the tables' loads ahead of these, not behind them.
+template <int THREADS>
+struct TableRows {
+  static constexpr int ALL = 512 + 256 * E81B_STAGES, COUNT = (ALL + THREADS - 1) / THREADS;
+  u32 words[COUNT];
+
+  __device__ __forceinline__ void load() {
+    __builtin_assume(threadIdx.x < THREADS);
 #pragma unroll
-      for (int k = 0; k < 8; ++k)
-        if (k < copies)
-          *reinterpret_cast<uint4*>(to + 16 * ((k + threadIdx.x) & (copies - 1))) = make_uint4(word, word, word, word);
-    } else {
-      reinterpret_cast<u32*>(tables)[i] = word;
+    for (int c = 0; c < COUNT; ++c) {
+      const int i = threadIdx.x + c * THREADS, kind = i >> 8;
+      if (i < ALL) words[c] = __ldg((kind == 0 ? PATTERNS : kind == 1 ? SIGNS : E81B) + (i & 255));
     }
   }
-}
+  // To `tables`, at address TABLES; no barrier. Lanes start at different copies of their rows, so that no two store to the
+  // same bank. PAIRS: pair_nibbles of every word.
+  template <bool PAIRS = false>
+  __device__ __forceinline__ void store(u8* tables) const {
+    __builtin_assume(threadIdx.x < THREADS);
+#pragma unroll
+    for (int c = 0; c < COUNT; ++c) {
+      const int i = threadIdx.x + c * THREADS, kind = i >> 8;
+      if (i >= ALL) break;
+      const u32 word = PAIRS ? pair_nibbles(words[c]) : words[c];
+      if (COPIES == 32) {
+        const int copies = kind == 2 ? E81B_COPIES / 4 : 8; // of 16 bytes
+        u8* const to = tables + (kind == 2 ? 2 * TABLE_BYTES + E81B_ROW_BYTES * (i & 255) : ROW_BYTES * i);
+#pragma unroll
+        for (int k = 0; k < 8; ++k)
+          if (k < copies)
+            *reinterpret_cast<uint4*>(to + 16 * ((k + threadIdx.x) & (copies - 1))) = make_uint4(word, word, word, word);
+      } else {
+        reinterpret_cast<u32*>(tables)[i] = word;
+      }
+    }
+  }
+};
 
 // Word of table number TABLE for a byte of `word`. The address is one dot product of bytes: that leaves the integer units,
 // which are the busier ones, to the logic. `lane4`: 4 * lane, or 0 if there is one copy.

@@ -59,7 +59,7 @@ struct Tile {
 __device__ __forceinline__ Tile find_tile(const Params& p, int number) {
   const int down = number / p.across;
   return {{p.out_runs, p.begin, p.end, down},
-          {p.in_runs, 0, p.in_runs.start[p.in_runs.count], number - down * p.across}};
+          {p.in_runs, 0, run_start(p.in_runs, p.in_runs.count), number - down * p.across}};
 }
 
 // The thread's number, asked for again wherever it is wanted: registers are short in steps 2 and 3.
@@ -372,10 +372,12 @@ __device__ __forceinline__ void make_dense(const Params& p) {
   const u32 base = u32(__cvta_generic_to_shared(dynamic));
   if (base > TABLES) __trap();
   Tile tile = find_tile(p, blockIdx.x);
+  TableRows<THREADS> tables;
+  tables.load();
   Codes codes;
   codes.load(p, tile);
   keep_scale(find_scale(p, tile));
-  fill_tables<true>(dynamic - base + TABLES, THREADS);
+  tables.store<true>(dynamic - base + TABLES);
   if (Place().warp < 5) {
     u32 a[4];
     hadamard_fragment<0x3c00u>(a, (1 << Place().warp) - 1);

@@ -146,7 +146,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) gemm(const __grid
     start_barrier(FULL + 8 * threadIdx.x, 32 * WARPS);
     start_barrier(EMPTY + 8 * threadIdx.x, WARPS);
   }
-  // Weights depend on nothing: their first copies go out before the activations are there.
+  // Tables and weights depend on nothing: their first copies go out before the activations are there.
+  TableRows<32 * WARPS> tables;
+  tables.load();
   const u32 my_codes = X_BYTES + warp * M_TILES * CODE_BYTES; // in a slot
   Codes codes;
   codes.tiles = p.rows / 16;
@@ -166,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) gemm(const __grid
     advance();
   }
   if (base > TABLES) __trap();
-  fill_tables<true>(dynamic - base + TABLES, blockDim.x);
+  tables.store<true>(dynamic - base + TABLES);
   u32 ratios[STAGES]; // of stage s + 1 to stage s; the first stage's own waits until sums are stored
   const float first_ratio = p.ratios[0];
 #pragma unroll

@@ -12,12 +12,14 @@
 // Compiled with E8P_STAGES, E81B_STAGES, TILES (of 8 columns: a token is two, its high and low planes), ROWS, WARPS, CTAS
 // (on a multiprocessor), DEPTH, AHEAD (units that go to L2 in time), COPIES (of the tables), E81B_COPIES (of one of them),
 // ALIGNED (whole tiles and steps, 16-byte copies).
-#include "butterfly.cuh"
+#include "barriers.cuh"
 #include "decode.cuh"
 #include "quantize.cuh"
 
 constexpr int STAGES = E8P_STAGES + E81B_STAGES;
-constexpr bool ALONE = TILES == 1; // it can rotate one token by itself
+constexpr bool ALONE = TILES == 1; // one token, which it can rotate and finish by itself
+// Activations come by bulk copies: loads would wait for the codes that are on their way, whose copies come before them.
+constexpr bool BULK = __CUDA_ARCH__ >= 900;
 
 struct Params {
   const void* codes[STAGES]; // in the order that the strides below say
@@ -35,7 +37,8 @@ struct Params {
   // Codes from row to row of a tile, from 64 columns to the next, from tile to tile: the file's rows of codes, or tiles
   // of 16 rows in which 16 rows by 64 columns lie together.
   u32 row_stride, column_stride, tile_stride;
-  int x_dtype, y_dtype, scale_dtype, bias_dtype, tokens, columns, features, padded, pitch, slices, ctas; // ctas: of a slice
+  // Of the groups of ROWS tiles a CTA takes `share`, the first `more` of them one more.
+  int x_dtype, y_dtype, scale_dtype, bias_dtype, tokens, columns, features, padded, pitch, slices, share, more;
   int slice_start[MAX_SLICES + 1];
   Runs in_runs, runs; // of the input, of the output
 };
@@ -125,61 +128,72 @@ __device__ __forceinline__ void flush(Sums& sums, u32* to, int tiles, int tokens
 }
 
 // A piece of the output: up to 256 rows of equal blocks, [begin, end), finished by one warp.
-struct alignas(16) Piece {
+struct Piece {
   int number, begin, end, log;
 };
 
-// The pieces that share rows with [begin, end); returns how many.
-__device__ __forceinline__ int find_pieces(const Runs& runs, int begin, int end, Piece* pieces) {
-  int before = 0, found = 0;
-  for (int r = 0; r < runs.count; ++r) {
-    const int low = runs.start[r], high = runs.start[r + 1];
-    const int from = max(low, begin), to = min(high, end);
-    if (from < to)
-      for (int i = (from - low) / SEGMENT; i <= (to - 1 - low) / SEGMENT; ++i)
-        pieces[found++] = {before + i, low + i * SEGMENT, min(low + (i + 1) * SEGMENT, high), runs.log[r]};
+// The piece that has this row.
+__device__ __forceinline__ Piece find_piece(const Runs& runs, int row) {
+  int before = 0;
+  for (int r = 0;; ++r) {
+    const int low = run_start(runs, r), high = run_start(runs, r + 1);
+    if (row < high) {
+      const int number = (row - low) / SEGMENT, begin = low + SEGMENT * number;
+      return {before + number, begin, min(begin + SEGMENT, high), run_log(runs, r)};
+    }
     before += (high - low + SEGMENT - 1) / SEGMENT;
   }
-  return found;
 }
 
-// The sums of one token in the lane's eight rows of a piece, the slices added in their order; 0 where the piece has ended.
-__device__ __forceinline__ void add_slices(float (&v)[8], const Params& p, const Piece& piece, int token, int row) {
-  const float* const partial = p.partial + (long long)token * p.pitch + row;
-  const long long apart = (long long)p.tokens * p.pitch;
+// The sums in the lane's eight rows of a piece, the slices added in their order; 0 where the piece has ended.
+__device__ __forceinline__ void add_sums(float (&v)[8], const Params& p, const Piece& piece, int row) {
   if (row + 8 <= piece.end && piece.begin % 4 == 0) {
-#pragma unroll 4
-    for (int s = 0; s < p.slices; ++s) { // written by other CTAs: not from L1
-      const float4* const at = reinterpret_cast<const float4*>(partial + s * apart);
-      const float4 a = __ldcg(at), b = __ldcg(at + 1);
-      v[0] += a.x, v[1] += a.y, v[2] += a.z, v[3] += a.w, v[4] += b.x, v[5] += b.y, v[6] += b.z, v[7] += b.w;
-    }
+    add_slices<4>(v, p.partial + row, p.pitch, p.slices);
   } else {
     for (int s = 0; s < p.slices; ++s)
 #pragma unroll
       for (int k = 0; k < 8; ++k)
-        if (row + k < piece.end) v[k] += __ldcg(partial + s * apart + k);
+        if (row + k < piece.end) v[k] += __ldcg(p.partial + (long long)s * p.pitch + row + k);
   }
 }
 
-// One piece of one token, whose slices are complete: add them, transform, scale, add the bias, store. By one warp.
-__device__ __forceinline__ void finish(const Params& p, const Piece& piece, int token) {
-  const int lane = threadIdx.x & 31, row = piece.begin + 8 * lane, stop = min(piece.end, p.features);
-  const Raw8 scales = load8_raw(p.scale_out, row, stop, p.scale_dtype);
-  Raw8 biases = {};
-  if (p.bias) biases = load8_raw(p.bias, row, stop, p.bias_dtype);
-  const Butterfly b = butterfly(piece.log);
-  float v[8] = {};
-  add_slices(v, p, piece, token, row);
-  transform(v, b);
-  float scale[8], bias[8];
-  convert8(scale, scales, p.scale_dtype);
-  convert8(bias, biases, p.bias_dtype);
+// The pieces that share rows with the CTA's, of one token: every WARPS-th is a warp's.
+struct Finisher {
+  const Params& p;
+  int row, row1; // of the CTA's rows, those that are not in a piece yet
+  int turn = 0;
+  Piece piece;
+  Raw8 scales, biases = {};
+  Butterfly b;
+
+  __device__ __forceinline__ bool next(int warp) {
+    do {
+      if (row >= row1) return false;
+      piece = find_piece(p.runs, row);
+      row = piece.end;
+    } while (turn++ % WARPS != warp);
+    return true;
+  }
+  // What is needed besides the sums.
+  __device__ __forceinline__ void prepare() {
+    const int first = piece.begin + 8 * (threadIdx.x & 31), stop = min(piece.end, p.features);
+    scales = load8_raw(p.scale_out, first, stop, p.scale_dtype);
+    if (p.bias) biases = load8_raw(p.bias, first, stop, p.bias_dtype);
+    b = butterfly(piece.log);
+  }
+  // Add the slices, transform, scale, add the bias, store.
+  __device__ __forceinline__ void finish() const {
+    const int first = piece.begin + 8 * (threadIdx.x & 31);
+    float v[8] = {}, scale[8], bias[8];
+    add_sums(v, p, piece, first);
+    transform(v, b);
+    convert8(scale, scales, p.scale_dtype);
+    convert8(bias, biases, p.bias_dtype);
 #pragma unroll
-  for (int k = 0; k < 8; ++k) v[k] = v[k] * hadamard_norm(piece.log) * scale[k] + bias[k];
-  const long long out = (long long)token * p.features;
-  store8(p.y, out + row, out + stop, p.y_dtype, v);
-}
+    for (int k = 0; k < 8; ++k) v[k] = v[k] * hadamard_norm(piece.log) * scale[k] + bias[k];
+    store8(p.y, first, min(piece.end, p.features), p.y_dtype, v);
+  }
+};
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) u8 dynamic[];
@@ -188,30 +202,31 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
   if (base > TABLES) __trap();
   u8* const shared = dynamic - base; // shared[a] is the byte at shared address a
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0), lane = threadIdx.x & 31;
-  const int slice = blockIdx.x / p.ctas, cta = blockIdx.x - slice * p.ctas;
+  TableRows<32 * WARPS> tables;
+  tables.load();
+  const int slice = blockIdx.y, cta = blockIdx.x, tokens = ALONE ? 1 : p.tokens;
   const int start = p.slice_start[slice], length = p.slice_start[slice + 1] - start;
   const int units = (length + SEGMENT - 1) / SEGMENT; // of ROWS tiles
-  const int tiles = (p.padded + 15) / 16, groups = (tiles + ROWS - 1) / ROWS;
-  const int tile0 = ROWS * (u32(groups * cta) / p.ctas), tile1 = min(ROWS * (u32(groups * (cta + 1)) / p.ctas), tiles);
+  const int tile0 = ROWS * (p.share * cta + min(cta, p.more));
+  const int tile1 = min(tile0 + ROWS * (p.share + (cta < p.more)), (p.padded + 15) / 16);
   const int all = (tile1 - tile0 + ROWS - 1) / ROWS * units;
   const int first = u32(all * warp) / WARPS, last = u32(all * (warp + 1)) / WARPS;
 
   const int row0 = 16 * tile0, row1 = min(16 * tile1, p.padded);
-  // Shared memory after the rings: activations; the output's pieces; of every token largest magnitude, sum and scale, and
-  // a word more, so that four sums are an aligned 16 bytes; sums; flags of pieces.
-  const int most = (tile1 - tile0) / 16 + 2 + MAX_RUNS; // pieces: whole ones, parts of two, a short one for each run
-  const int words = 8 * p.tokens; // 16-byte words of activations in a step
+  // Shared memory after the rings: activations; a barrier, in 16 bytes; of every token largest magnitude, sum and scale, and
+  // a word more, so that four sums are an aligned 16 bytes; sums.
+  const int words = 8 * tokens; // 16-byte words of activations in a step
   uint4* const activations = reinterpret_cast<uint4*>(shared + RINGS_END);
-  Piece* const pieces = reinterpret_cast<Piece*>(activations + 4 * units * words);
-  u32* const reduced = reinterpret_cast<u32*>(pieces + most);
-  float* const factors = reinterpret_cast<float*>(reduced + 2 * p.tokens);
-  u32* const sums = reduced + 4 * p.tokens;
-  u32* const done = sums + (tile1 - tile0) * STAGES * p.tokens * 16;
-  // By one thread, and first: parameters that nobody has read yet take their time.
-  if (threadIdx.x == 32 * WARPS - 1) done[most] = find_pieces(p.runs, row0, row1, pieces);
+  u32* const reduced = reinterpret_cast<u32*>(activations + 4 * units * words + 1);
+  float* const factors = reinterpret_cast<float*>(reduced + 2 * tokens);
+  u32* const sums = reduced + 4 * tokens;
+
+  Slice<WARPS> own;
+  if (ALONE && !p.planes) own.load_scales(p.in_runs, start, start + length, p.scale_in, p.scale_dtype, p.columns);
 
   // Weights depend on nothing: their first loads go out before the activations are there.
-  int tile = tile0 + ROWS * (u32(first) / units), unit = first - (tile - tile0) / ROWS * units;
+  const int skipped = int((first + 0.5f) / units); // exact: few units, and division is shorter of floats
+  int tile = tile0 + ROWS * skipped, unit = first - skipped * units;
   Cursor next = {tile * p.tile_stride, tile, unit};
 #if ALIGNED
   next.at += (start / 64 + 4 * unit) * p.column_stride + first_code(p);
@@ -228,19 +243,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
   next.at += start / 8 + 32 * unit;
 #endif
 
-  using Own = Values<WARPS, MAX_SLICE / SEGMENT>;
-  Segment segments[Own::COUNT];
-  Raw8 scales[Own::COUNT];
-  uint4 inputs[Own::COUNT];
-  if (ALONE && !p.planes)
-#pragma unroll
-    for (int s = 0; s < Own::COUNT; ++s) {
-      segments[s] = find_segment(p.in_runs, start, start + length, warp + s * WARPS);
-      const int k = segments[s].begin + 8 * lane;
-      if (segments[s].begin >= 0) scales[s] = load8_raw(p.scale_in, k, min(segments[s].end, p.columns), p.scale_dtype);
-    }
-
-  fill_tables(shared + TABLES, blockDim.x);
+  if (ALONE && !p.planes) own.prepare();
+  tables.store(shared + TABLES);
   for (int row = row0 + 32 * threadIdx.x; row < min(row1, p.features); row += 32 * 32 * WARPS) {
     prefetch(static_cast<const u8*>(p.scale_out) + row * (p.scale_dtype == FLOAT32 ? 4 : 2));
     if (p.bias) prefetch(static_cast<const u8*>(p.bias) + row * (p.bias_dtype == FLOAT32 ? 4 : 2));
@@ -248,7 +252,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
   float ratios[STAGES];
 #pragma unroll
   for (int s = 0; s < STAGES; ++s) ratios[s] = p.ratios[s];
-  for (int i = threadIdx.x; i < 4 * p.tokens + (tile1 - tile0) * STAGES * p.tokens * 16; i += 32 * WARPS) reduced[i] = 0;
+  for (int i = threadIdx.x; i < 4 * tokens + (tile1 - tile0) * STAGES * tokens * 16; i += 32 * WARPS) reduced[i] = 0;
   // Once the kernel before has ended memory would be idle while activations are rotated: the next codes go to L2.
   const auto prefetch_units = [&] {
 #if ALIGNED
@@ -259,43 +263,39 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
     }
 #endif
   };
+  const u32 to = u32(__cvta_generic_to_shared(activations)), arrived = to + 64 * units * words;
+  if (BULK && threadIdx.x == 0) {
+    start_barrier(arrived, 1);
+    fence_barriers();
+  }
   if (p.planes) {
     __syncthreads(); // the zeros
     wait_for_previous();
     prefetch_units();
     const uint4* const planes = p.planes + (long long)((start >> 8) + slice) * 4 * words;
-    for (int i = threadIdx.x; i < 4 * units * words; i += 32 * WARPS) activations[i] = planes[i];
-    if (threadIdx.x < p.tokens) {
+    if (BULK && threadIdx.x == 0) copy_bulk(to, planes, 64 * units * words, arrived);
+    if (!BULK)
+      for (int i = threadIdx.x; i < 4 * units * words; i += 32 * WARPS) activations[i] = planes[i];
+    if (threadIdx.x < tokens) {
       const int at = threadIdx.x * p.slices + slice;
       reduced[2 * threadIdx.x + 1] = p.sums[at];
       factors[threadIdx.x] = p.scales[at];
     }
+    if (BULK) wait(arrived, 0);
   } else if constexpr (ALONE) {
-    Own values;
-    Butterfly b = butterfly(segments[0].log);
     __syncthreads(); // the zeros
     wait_for_previous();
-#pragma unroll
-    for (int s = 0; s < Own::COUNT; ++s) {
-      const int k = segments[s].begin + 8 * lane;
-      if (segments[s].begin >= 0) inputs[s] = load8_packed(p.x, k, min(segments[s].end, p.columns));
-    }
+    const u16* const x = static_cast<const u16*>(p.x) + start;
+    const bool bulk = BULK && start + length <= p.columns && length % 8 == 0 && (reinterpret_cast<u64>(x) & 15) == 0;
+    if (bulk && threadIdx.x == 0) copy_bulk(to, x, 2 * length, arrived); // to where the planes will be
+    if (!bulk) own.load(p.x, 0, p.columns);
     prefetch_units();
-#pragma unroll
-    for (int s = 0; s < Own::COUNT; ++s) {
-      values.at[s] = -1;
-      if (segments[s].begin < 0) continue;
-      const int k = segments[s].begin + 8 * lane;
-      float scale[8];
-      convert8(scale, scales[s], p.scale_dtype);
-      unpack8(values.v[s], inputs[s], p.x_dtype);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) values.v[s][i] *= scale[i] * hadamard_norm(segments[s].log);
-      if (segments[s].log != b.log) b = butterfly(segments[s].log);
-      transform(values.v[s], b);
-      if (k < segments[s].end) values.at[s] = k - start;
+    if (bulk) {
+      wait(arrived, 0);
+      own.read(reinterpret_cast<const u16*>(activations), start);
     }
-    const float scale = quantize(values, length, activations, 1, 0, reduced);
+    own.rotate(start, p.x_dtype, p.scale_dtype);
+    const float scale = quantize(own.values, length, activations, 1, 0, reduced);
     if (threadIdx.x == 0) factors[0] = scale;
   }
   __syncthreads();
@@ -336,46 +336,49 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
     multiply_step<2>(acc, w, x, from[2] + of_unit, words, lane, lane4);
     multiply_step<3>(acc, w, x, from[3] + of_unit, words, lane, lane4);
     if (++unit == units || i + 1 == last) {
-      flush(acc, sums + (tile - tile0) * STAGES * p.tokens * 16, tile1 - tile, p.tokens, lane);
+      flush(acc, sums + (tile - tile0) * STAGES * tokens * 16, tile1 - tile, tokens, lane);
       unit = 0;
       tile += ROWS;
     }
   }
+  Finisher finisher = {p, row0, row1};
+  bool finishes = false;
+  if constexpr (ALONE)
+    if (p.counters) finishes = finisher.next(warp);
   __syncthreads();
 
-  const int count = done[most];
   // Four rows of a token at a time: of the sums of integers a float.
   const int quads = 4 * (tile1 - tile0);
-  for (int i = threadIdx.x; i < quads * p.tokens; i += 32 * WARPS) {
-    const int token = u32(i) / quads, quad = i - token * quads, row = row0 + 4 * quad;
-    const u32* const at = sums + ((quad >> 2) * STAGES * p.tokens + token) * 16 + place(quad >> 1 & 1, token) + 4 * (quad & 1);
+  for (int i = threadIdx.x; i < quads * tokens; i += 32 * WARPS) {
+    const int token = ALONE ? 0 : u32(i) / quads, quad = i - token * quads, row = row0 + 4 * quad;
+    const u32* const at = sums + ((quad >> 2) * STAGES * tokens + token) * 16 + place(quad >> 1 & 1, token) + 4 * (quad & 1);
     float4 v = {};
 #pragma unroll
     for (int s = 0; s < STAGES; ++s) {
-      const uint4 u = *reinterpret_cast<const uint4*>(at + s * p.tokens * 16);
+      const uint4 u = *reinterpret_cast<const uint4*>(at + s * tokens * 16);
       const u32 offset = (s < E8P_STAGES ? 15 : 16) * reduced[2 * token + 1];
       v.x += ratios[s] * float(int(2 * u.x - offset)), v.y += ratios[s] * float(int(2 * u.y - offset));
       v.z += ratios[s] * float(int(2 * u.z - offset)), v.w += ratios[s] * float(int(2 * u.w - offset));
     }
     const float factor = 0.25f * factors[token];
     v = make_float4(v.x * factor, v.y * factor, v.z * factor, v.w * factor);
-    float* const to = p.partial + ((long long)slice * p.tokens + token) * p.pitch + row;
+    float* const to = p.partial + ((long long)slice * tokens + token) * p.pitch + row;
     if (row < row1) *reinterpret_cast<float4*>(to) = v;
   }
-  if (TILES > 1 || !p.counters) return; // rotate_output does the rest
+  if constexpr (!ALONE) return; // rotate_output does the rest
+  if (!p.counters) return;      // here, too
   __syncthreads();
-  for (int n = threadIdx.x; n < count; n += 32 * WARPS) {
-    const Piece piece = pieces[n];
+  for (; finishes; finishes = finisher.next(warp)) {
+    const Piece& piece = finisher.piece;
     u32* const counter = p.counters + piece.number;
     const u32 mine = min(piece.end, row1) - max(piece.begin, row0);
-    const bool last_one = arrive(counter, mine) + mine == u32(p.slices * (piece.end - piece.begin));
-    done[n] = last_one;
-    if (last_one) *counter = 0; // as the next launch wants it
+    u32 before = 0;
+    if (lane == 0) before = arrive(counter, mine);
+    finisher.prepare(); // while that takes its time
+    const bool complete = lane == 0 && before + mine == u32(p.slices * (piece.end - piece.begin));
+    if (complete) *counter = 0; // as the next launch wants it
+    if (!__any_sync(0xffffffffu, complete)) continue;
+    __syncwarp(); // what the first lane may see now the others may, too
+    finisher.finish();
   }
-  __syncthreads();
-  int turn = 0; // of the warps: pieces are finished side by side
-  for (int n = 0; n < count; ++n)
-    if (done[n])
-      for (int token = 0; token < p.tokens; ++token)
-        if (turn++ % WARPS == warp) finish(p, pieces[n], token);
 }

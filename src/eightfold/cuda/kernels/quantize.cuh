@@ -6,7 +6,7 @@
 // registers, as the mma of even and of odd nibbles want them. At [u][j] lie the words of
 // all tokens, planes and t: that of lane number 4 (2 token + plane) + t, the lane that an mma.m16n8k32 wants it in, at
 // swizzle(lane, j), so that warps which write them and warps which read them find different banks.
-#include "common.cuh"
+#include "butterfly.cuh"
 
 constexpr int MAX_SLICE = 4096; // coordinates
 // Largest |integer|: with it the high plane, (i + 128) >> 8, stays within 8 bits.
@@ -25,6 +25,62 @@ struct Values {
   static constexpr int COUNT = (SEGMENTS + CTA_WARPS - 1) / CTA_WARPS, THREADS = 32 * CTA_WARPS;
   float v[COUNT][8];
   int at[COUNT];
+};
+
+// A slice of one token of blocks up to 256, of up to MAX_SLICE / SEGMENT segments, on its way through the registers of the
+// CTA_WARPS warps of a CTA. In steps, for other work to lie between.
+template <int CTA_WARPS>
+struct Slice {
+  Values<CTA_WARPS, MAX_SLICE / SEGMENT> values;
+  Segment segments[decltype(values)::COUNT];
+  Raw8 scales[decltype(values)::COUNT];
+  uint4 inputs[decltype(values)::COUNT];
+  Butterfly butterflies;
+
+  // What depends on no kernel before: scales of the slice [start, end).
+  __device__ __forceinline__ void load_scales(const Runs& runs, int start, int end, const void* scale, int dtype, int features) {
+#pragma unroll
+    for (int s = 0; s < values.COUNT; ++s) {
+      segments[s] = find_segment(runs, start, end, (threadIdx.x >> 5) + s * CTA_WARPS);
+      const int k = segments[s].begin + 8 * (threadIdx.x & 31);
+      if (segments[s].begin >= 0) scales[s] = load8_raw(scale, k, min(segments[s].end, features), dtype);
+    }
+  }
+  // `row`: where the token starts in x.
+  __device__ __forceinline__ void load(const void* x, long long row, int features) {
+#pragma unroll
+    for (int s = 0; s < values.COUNT; ++s) {
+      const int k = segments[s].begin + 8 * (threadIdx.x & 31);
+      if (segments[s].begin >= 0) inputs[s] = load8_packed(x, row + k, row + min(segments[s].end, features));
+    }
+  }
+  // The same of a slice that lies in shared memory as a whole.
+  __device__ __forceinline__ void read(const u16* slice, int start) {
+#pragma unroll
+    for (int s = 0; s < values.COUNT; ++s) {
+      const int k = segments[s].begin + 8 * (threadIdx.x & 31);
+      inputs[s] = make_uint4(0, 0, 0, 0);
+      if (segments[s].begin >= 0 && k < segments[s].end) inputs[s] = *reinterpret_cast<const uint4*>(slice + (k - start));
+    }
+  }
+  // Ahead of `rotate`.
+  __device__ __forceinline__ void prepare() { butterflies = butterfly(segments[0].log); }
+  __device__ __forceinline__ void rotate(int start, int x_dtype, int scale_dtype) {
+#pragma unroll
+    for (int s = 0; s < values.COUNT; ++s) {
+      values.at[s] = -1;
+      if (segments[s].begin < 0) continue;
+      const int k = segments[s].begin + 8 * (threadIdx.x & 31);
+      float scale[8];
+      convert8(scale, scales[s], scale_dtype);
+      unpack8(values.v[s], inputs[s], x_dtype);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) values.v[s][i] *= scale[i] * hadamard_norm(segments[s].log);
+      if (segments[s].log != butterflies.log) butterflies = butterfly(segments[s].log);
+      transform(values.v[s], butterflies);
+      if (k < segments[s].end) values.at[s] = k - start;
+    }
+  }
 };
 
 // x and its scale vector, one row.

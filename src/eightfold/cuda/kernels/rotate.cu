@@ -1,5 +1,4 @@
 // Input and output sides of a linear, apart from its product: rotations, scale vectors, quantized activations.
-#include "butterfly.cuh"
 #include "quantize.cuh"
 
 constexpr int THREADS = 512; // of the kernels that use shared memory
@@ -34,8 +33,34 @@ struct QuantizeParams {
   Runs runs;
 };
 
-// Rotate and quantize x. Grid: chunks, tokens.
+// Where the planes of a slice begin: slices lie that far apart at least.
+__device__ __forceinline__ uint4* planes_of(const QuantizeParams& p, int slice, int start) {
+  return p.planes + ((start >> 8) + slice) * 8ll * p.tokens * 4;
+}
+
+// Rotate and quantize x where every slice is a chunk of blocks up to 256, in registers. Grid: slices, tokens.
 extern "C" __global__ void __launch_bounds__(THREADS) quantize_input(const __grid_constant__ QuantizeParams p) {
+  __shared__ u32 reduced[2];
+  launch_dependents();
+  const int slice = blockIdx.x, token = blockIdx.y, start = p.slice_start[slice], end = p.slice_start[slice + 1];
+  Slice<THREADS / 32> own;
+  own.load_scales(p.runs, start, end, p.scale_in, p.scale_dtype, p.features);
+  own.prepare();
+  if (threadIdx.x < 2) reduced[threadIdx.x] = 0;
+  __syncthreads();
+  wait_for_previous();
+  own.load(p.x, token * p.x_stride, p.features);
+  own.rotate(start, p.x_dtype, p.scale_dtype);
+  const float scale = quantize(own.values, end - start, planes_of(p, slice, start), p.tokens, token, reduced);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    p.scales[token * p.slices + slice] = scale;
+    p.sums[token * p.slices + slice] = int(reduced[1]);
+  }
+}
+
+// The same of any blocks: a chunk goes through a buffer. Grid: chunks, tokens.
+extern "C" __global__ void __launch_bounds__(THREADS) quantize_wide_input(const __grid_constant__ QuantizeParams p) {
   extern __shared__ float shared_buffer[];
   launch_dependents();
   const int token = blockIdx.y, first = p.chunk_slice[blockIdx.x], last = p.chunk_slice[blockIdx.x + 1];
@@ -54,8 +79,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) quantize_input(const __gri
   });
   __syncthreads();
   for (int r = 0; r < p.runs.count; ++r) {
-    const int low = max(p.runs.start[r], begin), high = min(p.runs.start[r + 1], end);
-    if (low < high && p.runs.log[r] > 8) hadamard_wide(buffer + low - begin, high - low, 1 << p.runs.log[r]);
+    const int low = max(run_start(p.runs, r), begin), high = min(run_start(p.runs, r + 1), end), log = run_log(p.runs, r);
+    if (low < high && log > 8) hadamard_wide(buffer + low - begin, high - low, 1 << log);
   }
   for (int slice = first; slice < last; ++slice, reduced += 2) {
     const int start = p.slice_start[slice], length = p.slice_start[slice + 1] - start;
@@ -66,8 +91,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) quantize_input(const __gri
       values.at[s] = k < length ? k : -1;
       load8(values.v[s], buffer + start - begin, k, length, FLOAT32);
     }
-    uint4* const planes = p.planes + ((start >> 8) + slice) * 8ll * p.tokens * 4; // slices begin that far apart at least
-    const float scale = quantize(values, length, planes, p.tokens, token, reduced);
+    const float scale = quantize(values, length, planes_of(p, slice, start), p.tokens, token, reduced);
     __syncthreads();
     if (threadIdx.x == 0) {
       p.scales[token * p.slices + slice] = scale;
@@ -149,12 +173,7 @@ __device__ __forceinline__ void load_sum(float (&v)[8], const RotateParams& p, i
   } else if (k + 8 <= limit && ((reinterpret_cast<u64>(x) | 4 * apart) & 15) == 0) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) v[i] = 0.f;
-#pragma unroll 4
-    for (int s = 0; s < p.slices; ++s) {
-      const float4* const at = reinterpret_cast<const float4*>(x + s * apart);
-      const float4 a = at[0], b = at[1];
-      v[0] += a.x, v[1] += a.y, v[2] += a.z, v[3] += a.w, v[4] += b.x, v[5] += b.y, v[6] += b.z, v[7] += b.w;
-    }
+    add_slices<3>(v, x, apart, p.slices);
   } else {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -178,20 +197,25 @@ __device__ __forceinline__ float inverse_divisor(const RotateParams& p, int toke
   __syncthreads();
   const float divisor = divisor_of(sum_of_warp(lane < blockDim.x >> 5 ? of_warps[lane] : 0.f));
   if (threadIdx.x == 0) p.divisors[token] = divisor;
-  return 1.f / divisor;
+  return __uint_as_float((254u << 23) - __float_as_uint(divisor)); // exact, of a power of two
 }
 
-// Rows of the input side, of which each warp holds up to COUNT segments.
+// Rows of the input side, of which each warp holds up to COUNT segments. Loaded as early as can be: later loads wait for the
+// copies of codes that the next kernel starts on the same multiprocessor.
 template <int COUNT>
 __device__ __forceinline__ void rotate_rows(const RotateParams& p, float (&squares_of)[2][32]) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
   int places[COUNT]; // 16 times the first coordinate of the lane, or `end` for none, and the log
+  constexpr bool KEEP = COUNT == 1; // there are registers for scales of 16 bits
+  const bool narrow = KEEP && p.scale_dtype != FLOAT32;
+  uint4 scales[COUNT] = {};
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) {
     const Segment segment = find_segment(p.runs, 0, p.end, warp + i * warps);
     const int k = segment.begin + 8 * lane;
     places[i] = 16 * (segment.begin >= 0 && k < segment.end ? k : p.end) + segment.log;
-    if (segment.begin >= 0 && k < p.features)
+    if (narrow) scales[i] = load8_packed(p.scale, places[i] >> 4, p.features);
+    else if (segment.begin >= 0 && k < p.features)
       prefetch(static_cast<const u8*>(p.scale) + k * (p.scale_dtype == FLOAT32 ? 4 : 2));
   }
   Butterfly b = butterfly(places[0] & 15);
@@ -202,7 +226,8 @@ __device__ __forceinline__ void rotate_rows(const RotateParams& p, float (&squar
     float squares = 0;
     const auto scaled = [&](float(&v)[8], int i) {
       float scale[8];
-      load8(scale, p.scale, places[i] >> 4, p.features, p.scale_dtype);
+      if (narrow) unpack8(scale, scales[i], p.scale_dtype);
+      else load8(scale, p.scale, places[i] >> 4, p.features, p.scale_dtype);
       unpack8(v, packed[i], p.x_dtype);
 #pragma unroll
       for (int k = 0; k < 8; ++k) v[k] *= scale[k];
@@ -219,7 +244,7 @@ __device__ __forceinline__ void rotate_rows(const RotateParams& p, float (&squar
     const float inverse = inverse_divisor(p, token, squares, squares_of[turn]);
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
-      // Without this the compiler keeps what it unpacked before the barrier: 32 registers that are not there.
+      // Without this the compiler keeps what it unpacked before the barrier, in registers that are not there.
       asm volatile("" : "+r"(packed[i].x), "+r"(packed[i].y), "+r"(packed[i].z), "+r"(packed[i].w));
       const int log = places[i] & 15;
       float v[8];
@@ -250,7 +275,7 @@ extern "C" __global__ void __launch_bounds__(TILED_THREADS, 2) rotate_input_tile
   __shared__ float squares_of[2][32];
   launch_dependents();
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
-  Butterfly b = butterfly(p.runs.log[0]);
+  Butterfly b = butterfly(run_log(p.runs, 0));
   wait_for_previous();
   for (int token = blockIdx.x, turn = 0; token < p.tokens; token += gridDim.x, turn ^= 1) {
     const long long row = token * p.x_stride;
@@ -394,7 +419,8 @@ __device__ __forceinline__ void rotate_wide(const RotateParams& p) {
     };
     int turn = 0;
     for (int r = 0; r < p.runs.count; ++r) {
-      const int begin = max(p.runs.start[r], p.begin), end = min(p.runs.start[r + 1], p.end), log = p.runs.log[r];
+      const int begin = max(run_start(p.runs, r), p.begin), end = min(run_start(p.runs, r + 1), p.end);
+      const int log = run_log(p.runs, r);
       const int size = log > 8 ? 1 << log : end - begin;
       for (int low = begin; low < end; low += size) {
         if (turn++ % gridDim.y != blockIdx.y) continue;

@@ -121,13 +121,6 @@ struct Codes {
   }
 };
 
-// The activations of one step, `bytes` of them for the tokens that there are.
-__device__ __forceinline__ void copy_activations(const u8* from, u32 slot, u32 full, u32 bytes) {
-  asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1; }" ::"r"(full), "r"(bytes) : "memory");
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-               ::"r"(slot), "l"(from), "r"(bytes), "r"(full) : "memory");
-}
-
 // Which steps the CTA has: `count` of them from step `step` of row tile `row_tile` on.
 struct Share {
   u32 steps, all; // of a row tile, of all
@@ -177,7 +170,7 @@ struct Filler {
         wait(EMPTY + 8 * slot.at, slot.round ^ 1);
         copy_codes(slot);
       }
-      if (lane == 0) copy_activations(x + u64(step) * X_BYTES, slot.address(), FULL + 8 * slot.at, bytes);
+      if (lane == 0) copy_bulk(slot.address(), x + u64(step) * X_BYTES, bytes, FULL + 8 * slot.at);
       if (++step == share.steps) step = 0;
     }
   }
@@ -314,17 +307,18 @@ extern "C" __global__ void __launch_bounds__(128 * GROUPS + 128, 1) wgmma(const 
       start_barrier(FULL + 8 * lane, 33); // the lanes that copy codes, and the copy of activations
       start_barrier(EMPTY + 8 * lane, WARPS);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); // for the bulk copies
+    fence_barriers();
     __syncwarp();
     Filler filler = {p, share, lane};
     if (warp == WARPS) filler.begin();
     everyone();
     wait_for_previous();
-    asm volatile("fence.proxy.async;" ::: "memory"); // what rotate_input stored, bulk copies read
     if (warp == WARPS) filler.run(share.step);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MULTIPLY_REGISTERS));
-    fill_tables<true>(dynamic - base + TABLES, 32 * WARPS);
+    TableRows<32 * WARPS> tables;
+    tables.load();
+    tables.store<true>(dynamic - base + TABLES);
     everyone();
     multiply_steps(p, share, warp, lane);
   }
