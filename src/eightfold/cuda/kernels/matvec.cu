@@ -15,6 +15,7 @@
 #include "barriers.cuh"
 #include "decode.cuh"
 #include "quantize.cuh"
+#include "slices.cuh"
 
 constexpr int STAGES = E8P_STAGES + E81B_STAGES;
 constexpr bool ALONE = TILES == 1; // one token, which it can rotate and finish by itself

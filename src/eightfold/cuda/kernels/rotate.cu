@@ -1,5 +1,6 @@
 // Input and output sides of a linear, apart from its product: rotations, scale vectors, quantized activations.
 #include "quantize.cuh"
+#include "slices.cuh"
 
 constexpr int THREADS = 512; // of the kernels that use shared memory
 // Transforms of order up to 256, and the part below 256 of wider ones, of the coordinates [begin, end); normalised.
