@@ -69,6 +69,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
 def picture(comparison: Comparison, path: Path) -> None:
     """Tokens per second, and GPU time of a decode step, by the number of sequences: a line for each model. A PNG."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(9, 4.2), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -78,11 +79,15 @@ def picture(comparison: Comparison, path: Path) -> None:
         right.plot(counts, [speed.step_ms[count] for count in counts], marker="o", label=speed.name)
     for axes, what in ((left, "tokens per second, all sequences"), (right, "GPU time of a decode step, ms")):
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
         axes.set_xticks(comparison.load.sequences, [str(count) for count in comparison.load.sequences])
         axes.set_xlabel("sequences at once")
         axes.set_title(what, fontsize=10)
         axes.grid(alpha=0.25, which="both")
+    left.set_yscale("log")
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    left.yaxis.set_minor_formatter(NullFormatter())
+    right.set_ylim(bottom=0)
     left.legend(fontsize=8)
     note = "random weights" if any(speed.random for speed in comparison.speeds) else ""
     figure.suptitle(", ".join(filter(None, [*comparison.machine.values(), note])), fontsize=9)
