@@ -256,7 +256,7 @@ def matvec_bytes(chosen, units: int, tiles: int, tokens: int) -> int:
     assert names["factors"] + 8 * tokens == names["sums"]  # a word a token is not used
     assert names["sums"] % 16 == 0
     # The barrier of the bulk copies lies between the activations and what is reduced.
-    arrived = re.search(r"arrived = to \+ ([^;]*);", text)[1]
+    arrived = re.search(r"arrived = activations_at \+ ([^;]*);", text)[1]
     assert names["reduced"] == names["activations"] + evaluate(arrived, names) + 16
     return names["sums"] + 4 * tiles * chosen.stages.count * tokens * TILE
 
@@ -380,7 +380,6 @@ def check_plan(plan: Plan, blocks, rows, chosen, shared) -> None:
     assert plan.chunks == tuple(i for i, start in enumerate(plan.slices) if start in ends)
     assert plan.chunks[0] == 0
     assert plan.chunks[-1] == plan.count
-    assert plan.alone == (plan.in_registers and tokens <= ALONE_TOKENS)
     if plan.in_registers:
         assert all(start in ends for start in plan.slices)
         assert max(blocks[::2]) <= UNIT
@@ -434,7 +433,7 @@ def test_every_variant_has_a_plan_for_default_layouts(shared, rows, columns, sha
         plan = plan_of(blocks, rows, chosen, shared)
         check_plan(plan, blocks, rows, chosen, shared)
         if columns in (4096, 8192, 28672, 65536):
-            assert plan.alone == (CLASS_OF[chosen.tiles] <= ALONE_TOKENS)
+            assert plan.in_registers
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -458,7 +457,7 @@ def test_warps_hold_every_segment_of_a_slice(columns, shards, shared):
     """matvec rotates a token with Values: room for as many segments of 256 as a slice of one run can have."""
     blocks = flat(layout_blocks(columns, "pow2-sum-256", IN_FLOOR, shards))
     plan = plan_of(blocks, 4096, variant(Stages(1, 1), 1, shared, True, True), shared)
-    assert not plan.alone or warp_segments(blocks, plan) <= warp_room()
+    assert not plan.in_registers or warp_segments(blocks, plan) <= warp_room()
 
 
 def test_slices_start_at_codes():
@@ -797,7 +796,6 @@ def check_decode(gpu, x, weight, bias, y) -> list[str]:
     if quantize:
         check_quantize(quantize, x, weight, plan, matvec.p, gpu.shared)
     else:
-        assert plan.alone
         assert plan.in_registers
         assert len(x) <= ALONE_TOKENS
         assert (matvec.p.planes, matvec.p.scales, matvec.p.sums) == (0, 0, 0)

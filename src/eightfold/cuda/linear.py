@@ -25,6 +25,7 @@ from eightfold.cuda.driver import device_index as _index
 from eightfold.cuda.gemm import prepare_product, product
 from eightfold.cuda.gemm import takes as product_takes
 from eightfold.cuda.plan import (
+    ALONE_TOKENS,
     MATVEC_TOKENS,
     MAX_ROWS,
     MAX_RUNS,
@@ -140,7 +141,8 @@ def _decode(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
     chosen = _variant(weight, tokens, device)
     plan = _plan(weight, chosen, tokens, device)
     stream = torch.cuda.current_stream(device).cuda_stream
-    alone, blocks = plan.alone, block_count(weight.out_blocks)
+    alone = plan.in_registers and tokens <= ALONE_TOKENS
+    blocks = block_count(weight.out_blocks)
     finishes = tokens <= MOST_FINISHED and longest(weight.out_blocks) <= UNIT
     counters = _counters_of(device).take(stream, blocks) if finishes else 0
     each = 4 * plan.count * tokens
@@ -175,7 +177,7 @@ def _decode(x: Tensor, weight: Weight, bias: Tensor | None, y: Tensor) -> None:
 
 
 def _quantize(x: Tensor, weight: Weight, plan: Plan, to: list[int], stream: int) -> None:
-    """Launch quantize_input, which writes planes, scales, sums."""
+    """Launch what rotates and quantizes x: it writes planes, scales, sums."""
     device, chunks = _index(x.device), len(plan.chunks) - 1
     chosen = _quantize_kernel(plan, device)
     buffered = not plan.in_registers and not shared_buffer(plan.buffer, device)

@@ -173,13 +173,12 @@ def variants(shared: int) -> set[Variant]:
 class Plan:
     """`slices`: borders of the slices; `chunks`: numbers of the slices at which a chunk of whole rotation blocks
     starts, and the number of slices; `ctas` of each slice; `in_registers`: every slice is a chunk of blocks up to UNIT,
-    in no more pieces than the warps of a CTA hold; `alone`: matvec rotates these by itself."""
+    in no more pieces than the warps of a CTA hold."""
 
     slices: tuple[int, ...]
     chunks: tuple[int, ...]
     ctas: int
     in_registers: bool
-    alone: bool
 
     @property
     def count(self) -> int:
@@ -281,7 +280,7 @@ def make_plan(blocks: tuple[int, ...], rows: int, variant: Variant, tokens: int,
         small = len(chunks) == len(slices) and max(blocks[::2]) <= UNIT
         small = small and all(segments(blocks, *borders) <= MAX_SLICE // UNIT for borders in pairwise(slices))
         if best is None or cost < best[0]:
-            best = cost, Plan(slices, chunks, ctas, small, small and tokens <= ALONE_TOKENS)
+            best = cost, Plan(slices, chunks, ctas, small)
     if best is None:
         raise UnsupportedLayoutError(
             f"expected an input of at most {MAX_SLICES} slices that fit {shared} bytes of shared memory, "

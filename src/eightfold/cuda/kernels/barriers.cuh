@@ -1,6 +1,6 @@
 #pragma once
 // Rings of slots in shared memory: asynchronous copies fill them, warps that never meet read them. A slot has two barriers,
-// one passed when all copies are there, one when every reader is done with it.
+// one passed when all copies are there, one when every reader is done with it. Bulk copies, which pass a barrier, too.
 #include "common.cuh"
 
 // The next slot to be filled, read or left, of COUNT slots of BYTES each from the shared address FIRST on.

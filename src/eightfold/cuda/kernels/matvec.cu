@@ -264,7 +264,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
     }
 #endif
   };
-  const u32 to = u32(__cvta_generic_to_shared(activations)), arrived = to + 64 * units * words;
+  const u32 activations_at = u32(__cvta_generic_to_shared(activations)), arrived = activations_at + 64 * units * words;
   if (BULK && threadIdx.x == 0) {
     start_barrier(arrived, 1);
     fence_barriers();
@@ -274,7 +274,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
     wait_for_previous();
     prefetch_units();
     const uint4* const planes = p.planes + (long long)((start >> 8) + slice) * 4 * words;
-    if (BULK && threadIdx.x == 0) copy_bulk(to, planes, 64 * units * words, arrived);
+    if (BULK && threadIdx.x == 0) copy_bulk(activations_at, planes, 64 * units * words, arrived);
     if (!BULK)
       for (int i = threadIdx.x; i < 4 * units * words; i += 32 * WARPS) activations[i] = planes[i];
     if (threadIdx.x < tokens) {
@@ -288,7 +288,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
     wait_for_previous();
     const u16* const x = static_cast<const u16*>(p.x) + start;
     const bool bulk = BULK && start + length <= p.columns && length % 8 == 0 && (reinterpret_cast<u64>(x) & 15) == 0;
-    if (bulk && threadIdx.x == 0) copy_bulk(to, x, 2 * length, arrived); // to where the planes will be
+    if (bulk && threadIdx.x == 0) copy_bulk(activations_at, x, 2 * length, arrived); // to where the planes will be
     if (!bulk) own.load(p.x, 0, p.columns);
     prefetch_units();
     if (bulk) {
@@ -309,7 +309,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
   u32 from[4]; // where the lane finds its activations of the first unit
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    from[j] = u32(__cvta_generic_to_shared(activations)) + j * step + 16 * swizzle(lane, j);
+    from[j] = activations_at + j * step + 16 * swizzle(lane, j);
     if (ALIGNED) asm volatile("" : "+r"(from[j]));
   }
   u32 slot = 0;

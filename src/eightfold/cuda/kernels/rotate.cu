@@ -34,9 +34,17 @@ struct QuantizeParams {
   Runs runs;
 };
 
-// Where the planes of a slice begin: slices lie that far apart at least.
-__device__ __forceinline__ uint4* planes_of(const QuantizeParams& p, int slice, int start) {
-  return p.planes + ((start >> 8) + slice) * 8ll * p.tokens * 4;
+// Quantize the slice of a token that the CTA holds, and store its planes, scale and sum. reduced: two zeros.
+template <class V>
+__device__ __forceinline__ void quantize_slice(const QuantizeParams& p, const V& values, int slice, int start, int length,
+                                               int token, u32* reduced) {
+  uint4* const planes = p.planes + ((start >> 8) + slice) * 8ll * p.tokens * 4; // slices begin that far apart at least
+  const float scale = quantize(values, length, planes, p.tokens, token, reduced);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    p.scales[token * p.slices + slice] = scale;
+    p.sums[token * p.slices + slice] = int(reduced[1]);
+  }
 }
 
 // Rotate and quantize x where every slice is a chunk of blocks up to 256, in registers. Grid: slices, tokens.
@@ -52,12 +60,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) quantize_input(const __gri
   wait_for_previous();
   own.load(p.x, token * p.x_stride, p.features);
   own.rotate(start, p.x_dtype, p.scale_dtype);
-  const float scale = quantize(own.values, end - start, planes_of(p, slice, start), p.tokens, token, reduced);
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    p.scales[token * p.slices + slice] = scale;
-    p.sums[token * p.slices + slice] = int(reduced[1]);
-  }
+  quantize_slice(p, own.values, slice, start, end - start, token, reduced);
 }
 
 // The same of any blocks: a chunk goes through a buffer. Grid: chunks, tokens.
@@ -92,12 +95,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) quantize_wide_input(const 
       values.at[s] = k < length ? k : -1;
       load8(values.v[s], buffer + start - begin, k, length, FLOAT32);
     }
-    const float scale = quantize(values, length, planes_of(p, slice, start), p.tokens, token, reduced);
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      p.scales[token * p.slices + slice] = scale;
-      p.sums[token * p.slices + slice] = int(reduced[1]);
-    }
+    quantize_slice(p, values, slice, start, length, token, reduced);
   }
 }
 
@@ -174,7 +172,7 @@ __device__ __forceinline__ void load_sum(float (&v)[8], const RotateParams& p, i
   } else if (k + 8 <= limit && ((reinterpret_cast<u64>(x) | 4 * apart) & 15) == 0) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) v[i] = 0.f;
-    add_slices<3>(v, x, apart, p.slices);
+    add_slices<3>(v, x, apart, p.slices); // four find no registers
   } else {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
