@@ -77,29 +77,39 @@ __device__ __forceinline__ uint4 pack8(const float (&v)[8], int dtype) {
   }
   return make_uint4(w[0], w[1], w[2], w[3]);
 }
+// Where eight coordinates do not lie in one or two aligned 16 bytes, they come and go one by one, through the first of them,
+// past which the rest move: code that seldom runs should be short, for code that always runs is fetched across it.
+
 // Eight coordinates of a dtype of 16 bits from i on, as they are, zeros from `end` on.
-__device__ __forceinline__ uint4 load8_packed(const void* p, long long i, long long end) {
+template <class Index>
+__device__ __forceinline__ uint4 load8_packed(const void* p, Index i, Index end) {
   const u16* const at = static_cast<const u16*>(p) + i;
   if (i + 8 <= end && (reinterpret_cast<u64>(at) & 15) == 0) return *reinterpret_cast<const uint4*>(at);
-  u32 w[4] = {};
-#pragma unroll
-  for (int k = 0; k < 8; ++k)
-    if (i + k < end) w[k / 2] |= u32(at[k]) << 16 * (k & 1);
-  return make_uint4(w[0], w[1], w[2], w[3]);
+  uint4 w = make_uint4(0, 0, 0, 0);
+#pragma unroll 1
+  for (int k = 7; k >= 0; --k) {
+    w.w = w.w << 16 | w.z >> 16, w.z = w.z << 16 | w.y >> 16, w.y = w.y << 16 | w.x >> 16, w.x <<= 16;
+    if (i + k < end) w.x |= at[k];
+  }
+  return w;
 }
 // The same of any dtype: to be loaded early and converted late, so that nobody waits in between.
 struct Raw8 {
   uint4 first, second; // of 16-bit dtypes the first alone
 };
-__device__ __forceinline__ Raw8 load8_raw(const void* p, long long i, long long end, int dtype) {
+template <class Index>
+__device__ __forceinline__ Raw8 load8_raw(const void* p, Index i, Index end, int dtype) {
   if (dtype != FLOAT32) return {load8_packed(p, i, end), make_uint4(0, 0, 0, 0)};
   const u32* const at = static_cast<const u32*>(p) + i;
   if (i + 8 <= end && (reinterpret_cast<u64>(at) & 15) == 0)
     return {reinterpret_cast<const uint4*>(at)[0], reinterpret_cast<const uint4*>(at)[1]};
-  u32 w[8];
-#pragma unroll
-  for (int k = 0; k < 8; ++k) w[k] = i + k < end ? at[k] : 0;
-  return {make_uint4(w[0], w[1], w[2], w[3]), make_uint4(w[4], w[5], w[6], w[7])};
+  Raw8 w = {};
+#pragma unroll 1
+  for (int k = 7; k >= 0; --k) {
+    w.second = make_uint4(w.first.w, w.second.x, w.second.y, w.second.z);
+    w.first = make_uint4(i + k < end ? at[k] : 0, w.first.x, w.first.y, w.first.z);
+  }
+  return w;
 }
 __device__ __forceinline__ void convert8(float (&v)[8], const Raw8& raw, int dtype) {
   if (dtype == FLOAT32) {
@@ -111,29 +121,29 @@ __device__ __forceinline__ void convert8(float (&v)[8], const Raw8& raw, int dty
     unpack8(v, raw.first, dtype);
   }
 }
-__device__ __forceinline__ void load8(float (&v)[8], const void* p, long long i, long long end, int dtype) {
-  const char* at = static_cast<const char*>(p) + (i << (dtype == FLOAT32 ? 2 : 1));
-  if (dtype == FLOAT32 && i + 8 <= end && (reinterpret_cast<u64>(at) & 15) == 0) {
-    const float4 a = reinterpret_cast<const float4*>(at)[0], b = reinterpret_cast<const float4*>(at)[1];
-    v[0] = a.x, v[1] = a.y, v[2] = a.z, v[3] = a.w, v[4] = b.x, v[5] = b.y, v[6] = b.z, v[7] = b.w;
-  } else if (dtype != FLOAT32 && i + 8 <= end && (reinterpret_cast<u64>(at) & 15) == 0) {
-    unpack8(v, *reinterpret_cast<const uint4*>(at), dtype);
-  } else {
-#pragma unroll
-    for (int k = 0; k < 8; ++k) v[k] = i + k < end ? load_as_float(p, i + k, dtype) : 0.f;
-  }
+template <class Index>
+__device__ __forceinline__ void load8(float (&v)[8], const void* p, Index i, Index end, int dtype) {
+  convert8(v, load8_raw(p, i, end, dtype), dtype);
 }
 __device__ __forceinline__ void store8(void* p, long long i, long long end, int dtype, const float (&v)[8]) {
   char* at = static_cast<char*>(p) + (i << (dtype == FLOAT32 ? 2 : 1));
-  if (dtype == FLOAT32 && i + 8 <= end && (reinterpret_cast<u64>(at) & 15) == 0) {
-    reinterpret_cast<float4*>(at)[0] = make_float4(v[0], v[1], v[2], v[3]);
-    reinterpret_cast<float4*>(at)[1] = make_float4(v[4], v[5], v[6], v[7]);
-  } else if (dtype != FLOAT32 && i + 8 <= end && (reinterpret_cast<u64>(at) & 15) == 0) {
-    *reinterpret_cast<uint4*>(at) = pack8(v, dtype);
-  } else {
+  if (i + 8 <= end && (reinterpret_cast<u64>(at) & 15) == 0) {
+    if (dtype == FLOAT32) {
+      reinterpret_cast<float4*>(at)[0] = make_float4(v[0], v[1], v[2], v[3]);
+      reinterpret_cast<float4*>(at)[1] = make_float4(v[4], v[5], v[6], v[7]);
+    } else {
+      *reinterpret_cast<uint4*>(at) = pack8(v, dtype);
+    }
+    return;
+  }
+  float w[8];
 #pragma unroll
-    for (int k = 0; k < 8; ++k)
-      if (i + k < end) store_float(p, i + k, dtype, v[k]);
+  for (int k = 0; k < 8; ++k) w[k] = v[k];
+#pragma unroll 1
+  for (int k = 0; k < 8; ++k) {
+    if (i + k < end) store_float(p, i + k, dtype, w[0]);
+#pragma unroll
+    for (int j = 0; j < 7; ++j) w[j] = w[j + 1];
   }
 }
 
@@ -192,6 +202,10 @@ struct Segment {
 // Segment `number` of the coordinates [begin, end), which hold whole blocks or whole 256ths of a block; {-1} if there are
 // not so many.
 __device__ __forceinline__ Segment find_segment(const Runs& runs, int begin, int end, int number) {
+  if (runs.count == 1) { // the rule: no loop, in which every parameter is waited for
+    const int at = begin + SEGMENT * number;
+    return at < end ? Segment{at, end, run_log(runs, 0)} : Segment{-1, -1, 0};
+  }
   for (int r = 0; r < runs.count; ++r) {
     const int low = max(run_start(runs, r), begin), high = min(run_start(runs, r + 1), end);
     if (low >= high) continue;

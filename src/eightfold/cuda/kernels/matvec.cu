@@ -135,6 +135,10 @@ struct Piece {
 
 // The piece that has this row.
 __device__ __forceinline__ Piece find_piece(const Runs& runs, int row) {
+  if (runs.count == 1) {
+    const int number = row / SEGMENT, begin = SEGMENT * number;
+    return {number, begin, min(begin + SEGMENT, run_start(runs, 1)), run_log(runs, 0)};
+  }
   int before = 0;
   for (int r = 0;; ++r) {
     const int low = run_start(runs, r), high = run_start(runs, r + 1);
@@ -143,18 +147,6 @@ __device__ __forceinline__ Piece find_piece(const Runs& runs, int row) {
       return {before + number, begin, min(begin + SEGMENT, high), run_log(runs, r)};
     }
     before += (high - low + SEGMENT - 1) / SEGMENT;
-  }
-}
-
-// The sums in the lane's eight rows of a piece, the slices added in their order; 0 where the piece has ended.
-__device__ __forceinline__ void add_sums(float (&v)[8], const Params& p, const Piece& piece, int row) {
-  if (row + 8 <= piece.end && piece.begin % 4 == 0) {
-    add_slices<4>(v, p.partial + row, p.pitch, p.slices);
-  } else {
-    for (int s = 0; s < p.slices; ++s)
-#pragma unroll
-      for (int k = 0; k < 8; ++k)
-        if (row + k < piece.end) v[k] += __ldcg(p.partial + (long long)s * p.pitch + row + k);
   }
 }
 
@@ -186,7 +178,7 @@ struct Finisher {
   __device__ __forceinline__ void finish() const {
     const int first = piece.begin + 8 * (threadIdx.x & 31);
     float v[8] = {}, scale[8], bias[8];
-    add_sums(v, p, piece, first);
+    add_slices<4>(v, p.partial + first, p.pitch, p.slices, piece.end - first);
     transform(v, b);
     convert8(scale, scales, p.scale_dtype);
     convert8(bias, biases, p.bias_dtype);
@@ -246,6 +238,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
 
   if (ALONE && !p.planes) own.prepare();
   tables.store(shared + TABLES);
+#pragma unroll 1
   for (int row = row0 + 32 * threadIdx.x; row < min(row1, p.features); row += 32 * 32 * WARPS) {
     prefetch(static_cast<const u8*>(p.scale_out) + row * (p.scale_dtype == FLOAT32 ? 4 : 2));
     if (p.bias) prefetch(static_cast<const u8*>(p.bias) + row * (p.bias_dtype == FLOAT32 ? 4 : 2));
@@ -253,6 +246,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
   float ratios[STAGES];
 #pragma unroll
   for (int s = 0; s < STAGES; ++s) ratios[s] = p.ratios[s];
+#pragma unroll 1
   for (int i = threadIdx.x; i < 4 * tokens + (tile1 - tile0) * STAGES * tokens * 16; i += 32 * WARPS) reduced[i] = 0;
   // Once the kernel before has ended memory would be idle while activations are rotated: the next codes go to L2.
   const auto prefetch_units = [&] {
@@ -350,6 +344,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CTAS) matvec(const __gr
 
   // Four rows of a token at a time: of the sums of integers a float.
   const int quads = 4 * (tile1 - tile0);
+#pragma unroll 1
   for (int i = threadIdx.x; i < quads * tokens; i += 32 * WARPS) {
     const int token = ALONE ? 0 : u32(i) / quads, quad = i - token * quads, row = row0 + 4 * quad;
     const u32* const at = sums + ((quad >> 2) * STAGES * tokens + token) * 16 + place(quad >> 1 & 1, token) + 4 * (quad & 1);

@@ -165,20 +165,14 @@ __device__ __forceinline__ void store_rotated(const RotateParams& p, int token, 
 // Eight coordinates of the output side from `begin` + k on, those from `begin` + limit on as zeros; slices are added in
 // their order.
 __device__ __forceinline__ void load_sum(float (&v)[8], const RotateParams& p, int token, int k, int limit) {
-  const long long row = token * p.x_stride, apart = p.tokens * p.x_stride;
-  const float* const x = static_cast<const float*>(p.x) + row + k;
+  const long long row = token * p.x_stride;
   if (p.slices == 1) {
     load8(v, p.x, row + k, row + limit, p.x_dtype);
-  } else if (k + 8 <= limit && ((reinterpret_cast<u64>(x) | 4 * apart) & 15) == 0) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = 0.f;
-    add_slices<3>(v, x, apart, p.slices); // four find no registers
   } else {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      v[i] = 0.f;
-      for (int s = 0; s < p.slices && k + i < limit; ++s) v[i] += x[s * apart + i];
-    }
+    for (int i = 0; i < 8; ++i) v[i] = 0.f;
+    // Four find no registers.
+    add_slices<3>(v, static_cast<const float*>(p.x) + row + k, p.tokens * p.x_stride, p.slices, limit - k);
   }
 }
 
