@@ -28,7 +28,7 @@ test: $(DEV)
 	run format ruff format --check .; \
 	run lint ruff check .; \
 	run types pyright --pythonpath $(BIN)/python; \
-	run tests pytest; \
+	run tests pytest -n 2 --dist loadfile; \
 	if [ -n "$$failed" ]; then echo "==> failed:$$failed"; exit 1; fi; \
 	echo "==> all checks passed"
 

@@ -18,7 +18,9 @@ from eightfold.cuda.linear import supported
 
 ROOT = Path(__file__).parents[1]
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Two threads, or the processor's share of each of the processes that share out the tests.
+PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // PROCESSES)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -332,9 +332,14 @@ except KeyboardInterrupt:
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        batch.run_command(["quantize"], log, tmp_path)
+    # Who started the tests may have had interrupts ignored, which the process of the command would inherit.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            batch.run_command(["quantize"], log, tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
     thread.join()
     assert "in order" in log.read_text()
 
